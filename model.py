@@ -1,0 +1,238 @@
+"""The networks, and one class per way of training them (a loss on the logits of a minibatch).
+
+Symbols: Φ(x) is the logit, w = 1 the frozen output layer behind it, e an environment, R_e its risk
+(mean binary cross entropy), y the label, z the colour, σ the logistic function.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dataset import Batch
+from preprocessing import UserError
+from register import NETWORKS, TRAINERS, register
+
+
+class Network(nn.Module):
+    """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1."""
+
+    # How long to train by default; a subclass for which another length is right has its own.
+    defaults = {"batch_size": 1024, "iteration": 400, "average_last": 50}
+
+    def __init__(self, phi: nn.Sequential):
+        super().__init__()
+        self.phi = phi
+        # A bare scalar, no nn.Linear: MemTorch would turn a 1 x 1 layer into a crossbar of its own.
+        self.output_layer = nn.Parameter(torch.ones(()), requires_grad=False)
+        # Logits start near 0. The squared gradients of IRM, which large random logits would start
+        # with, would otherwise fill Adam's memory and slow the first hundreds of iterations.
+        with torch.no_grad():
+            self.phi[-1].weight.mul_(0.1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, inputs) float32 → logits (N,)."""
+        return self.output_layer * self.phi(images).squeeze(-1)
+
+
+@register(NETWORKS, "MLP")
+class MLP(Network):
+    """The assignment's network: fully connected layers with ReLU, one logit.
+
+    Args:
+        inputs: numbers per image.
+        hidden_dim: units of each hidden layer.
+        bias: whether the layers have biases.
+        drop_rate: proportion of hidden units dropped while training, 0 to 1.
+        batchnorm: whether hidden layers are normalised over the minibatch.
+    """
+
+    def __init__(
+        self,
+        inputs: int = 1568,
+        hidden_dim: tuple[int, ...] = (64, 16),
+        bias: bool = False,
+        drop_rate: float = 0.0,
+        batchnorm: bool = False,
+    ):
+        layers = []
+        for width in hidden_dim:
+            layers.append(nn.Linear(inputs, width, bias))
+            layers += [nn.BatchNorm1d(width)] if batchnorm else []
+            layers.append(nn.ReLU())
+            layers += [nn.Dropout(drop_rate)] if drop_rate else []
+            inputs = width
+        super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
+
+
+@register(NETWORKS, "CNN")
+class CNN(Network):
+    """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
+
+    Args:
+        channels: 2 (red and green) or 1 (grey), of 28 x 28 pixels.
+        drop_rate: proportion of hidden units dropped while training, 0 to 1.
+    """
+
+    defaults = {"batch_size": 256, "iteration": 400, "average_last": 200}
+
+    def __init__(self, channels: int = 2, drop_rate: float = 0.0, image_size: int = 28):
+        if image_size != 28:
+            raise UserError("the CNN takes images of 28 x 28: leave --image_size out")
+        super().__init__(
+            nn.Sequential(
+                nn.Unflatten(1, (channels, 28, 28)),
+                nn.Conv2d(channels, 32, 5),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Conv2d(32, 64, 5),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+                nn.Flatten(),
+                nn.Linear(64 * 4 * 4, 64),
+                nn.ReLU(),
+                nn.Dropout(drop_rate),
+                nn.Linear(64, 1),
+            )
+        )
+
+
+def group_means(values: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Means of `values` (..., N) over each of `count` groups: (..., G), 0 for an absent group.
+
+    Also returns how many samples each group has, (..., G). One product with a mask, no loop.
+    """
+    index = torch.arange(count, device=groups.device)
+    mask = (groups.unsqueeze(-2) == index.unsqueeze(-1)).to(values.dtype)
+    sizes = mask.sum(-1)
+    return (mask @ values.unsqueeze(-1)).squeeze(-1) / sizes.clamp(min=1), sizes
+
+
+def mean_present(values: Tensor, sizes: Tensor) -> Tensor:
+    """Mean of `values` (..., G) over the groups that have samples: (...)."""
+    present = (sizes > 0).to(values.dtype)
+    return (values * present).sum(-1) / present.sum(-1).clamp(min=1)
+
+
+class Loss:
+    """What a trainer minimises: `objective = loss(logits, batch)`.
+
+    Logits are (N,), or (R, N) with the fields of the batch (R, N) for R stacked repetitions; the
+    objective is a scalar, or (R,). An instance serves one training: it may keep state between steps.
+    An environment absent from a minibatch has no part in that minibatch's objective.
+    """
+
+    environments = 2
+    # What the objective is divided by, for the trainer to divide weight decay by as well.
+    divisor = 1.0
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Binary cross entropy of each sample, (..., N)."""
+        return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+
+    def risks(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """R_e and the number of samples of each environment, both (..., E)."""
+        return group_means(self.losses(logits, batch), batch.envs, self.environments)
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+
+@register(TRAINERS, "ERM")
+class ERM(Loss):
+    """Empirical risk minimisation: mean over e of R_e (assignment, equations 2 and 3)."""
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        return mean_present(*self.risks(logits, batch))
+
+
+@register(TRAINERS, "groupDRO")
+class GroupDRO(Loss):
+    """Group distributionally robust optimisation (Sagawa et al. 2019, Algorithm 1).
+
+    q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e with q held constant.
+
+    Args:
+        eta: step size η of the group weights q.
+    """
+
+    def __init__(self, eta: float = 0.05):
+        self.eta = eta
+        self.log_q = None  # (..., E); exp(η R_e) itself can overflow, its logarithm can't
+
+    @property
+    def q(self) -> Tensor:
+        """The group weights after the last step, (..., E)."""
+        return self.log_q.exp()
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        risks, _ = self.risks(logits, batch)
+        if self.log_q is None:
+            self.log_q = torch.full_like(risks.detach(), -math.log(self.environments))
+        self.log_q = torch.log_softmax(self.log_q + self.eta * risks.detach(), -1)
+        return (self.q * risks).sum(-1)
+
+
+@register(TRAINERS, "IRM")
+class IRM(Loss):
+    """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019; assignment, equation 4).
+
+    Mean over e of R_e + λ · mean over e of G_e², where G_e = ∂R_e(w · Φ)/∂w at w = 1 is the
+    environment's mean of g = (σ(Φ) - y) Φ.
+
+    Args:
+        reg_lambda: λ, the weight of the penalty.
+        penalty: "plain" squares the minibatch's G_e, as equation 4 says; its expectation is too
+            large by the variance of G_e. "unbiased" estimates G_e² by the mean product of the g of
+            two different samples, as Arjovsky et al. (section 3.2) do by the product of the
+            means of two minibatches; all pairs vary less than one pairing (Hoeffding 1948).
+        anneal_iterations: λ is 1 for so many iterations; after that the objective is divided by λ,
+            as in the code of the paper's experiment. 0 is equation 4 from the start.
+    """
+
+    def __init__(
+        self, reg_lambda: float = 50.0, penalty: str = "plain", anneal_iterations: int = 0
+    ):
+        self.reg_lambda, self.penalty = reg_lambda, penalty
+        self.anneal_iterations = anneal_iterations
+        self.iteration = 0
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        risks, sizes = self.risks(logits, batch)
+        gradients = (torch.sigmoid(logits) - batch.labels) * logits
+        means, _ = group_means(gradients, batch.envs, self.environments)
+        penalties = means.square()
+        if self.penalty == "unbiased":
+            squares, _ = group_means(gradients.square(), batch.envs, self.environments)
+            penalties = (sizes * penalties - squares) / (sizes - 1).clamp(min=1)
+        annealing = self.iteration < self.anneal_iterations
+        weight = 1.0 if annealing else self.reg_lambda
+        if self.anneal_iterations and not annealing:
+            self.divisor = max(1.0, self.reg_lambda)
+        self.iteration += 1
+        return (mean_present(risks, sizes) + weight * mean_present(penalties, sizes)) / self.divisor
+
+
+@register(TRAINERS, "Backdoor")
+class Backdoor(Loss):
+    """Backdoor adjustment for colour and environment (Pearl 2009, theorem 3.3.2).
+
+    P(y | do(x)) = Σ P(y | x, z, e) P(z, e), in its inverse-propensity form: within an environment
+    and a colour both labels count alike, and environments and colours count as often as they occur.
+    Rests on colour being observed and on every environment and colour showing both labels; where a
+    minibatch lacks one of the two, that environment and colour has no part in its objective.
+    """
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        strata = 2 * batch.envs + batch.colors
+        count = 2 * self.environments
+        of_zero, zeros = group_means(
+            self.losses(logits, batch), torch.where(batch.labels == 0, strata, -1), count
+        )
+        of_one, ones = group_means(
+            self.losses(logits, batch), torch.where(batch.labels == 1, strata, -1), count
+        )
+        weights = (zeros + ones) * (zeros > 0) * (ones > 0)
+        balanced = (of_zero + of_one) / 2
+        return (weights * balanced).sum(-1) / weights.sum(-1).clamp(min=1)

@@ -1,0 +1,273 @@
+"""Training and its two promises: the log's form, and the accuracies of the assignment."""
+
+import ast
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, assert_one_line
+from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
+
+from dataset import Split, hold_out
+from metric import metrics
+from model import ERM, MLP
+from preprocessing import MEAN, STD, UserError, load_dataset
+from trainer import predict, summarize, train
+
+SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 2)
+SUMMARY = re.compile(
+    r"Summary: \{'Accuracy_testmean': F, 'Accuracy_teststd': F, 'AUC_testmean': F, "
+    r"'AUC_teststd': F, 'F1_macro_testmean': F, 'F1_macro_teststd': F\}".replace(
+        "F", r"\d\.[\de-]+"
+    )
+)
+
+
+def summary(result):
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert SUMMARY.fullmatch(last), last
+    return ast.literal_eval(last.removeprefix("Summary: "))
+
+
+def test_metrics_are_sklearns():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        logits = torch.randn(50, generator=generator).round(decimals=1)  # with ties, and zeros
+        labels = torch.randint(2, (50,), generator=generator).float()
+        assert metrics(logits, labels) == pytest.approx(
+            {
+                "Accuracy": accuracy_score(labels, logits > 0),
+                "AUC": roc_auc_score(labels, logits),
+                "F1_macro": f1_score(labels, logits > 0, average="macro"),
+            }
+        )
+    assert np.isnan(metrics(torch.ones(3), torch.ones(3))["AUC"])
+
+
+def test_summary_is_mean_and_population_deviation():
+    results = [{"Accuracy": 0.5, "AUC": 0.25}, {"Accuracy": 0.7, "AUC": 0.25}]
+    expected = {
+        "Accuracy_testmean": 0.6,
+        "Accuracy_teststd": 0.1,
+        "AUC_testmean": 0.25,
+        "AUC_teststd": 0.0,
+    }
+    assert summarize(results) == pytest.approx(expected)
+    assert list(summarize(results)) == list(expected)
+
+
+def test_images_are_normalised_as_the_assignment_says(dataset_path):
+    digits = load_dataset(dataset_path).test
+    split = Split(digits, torch.device("cpu"))
+    batch = split.batch(torch.tensor([3, 8]))
+    rgb = digits.pixels[[3, 8]].float()
+    assert torch.allclose(batch.images, ((rgb / 255 - MEAN) / STD).flatten(1), atol=1e-6)
+    assert torch.equal(split.recolored(batch.images).view(2, 2, 784)[:, 0], batch.images[:, 784:])
+    gray = Split(digits, torch.device("cpu"), grayscale=True).batch(torch.tensor([3, 8]))
+    assert torch.allclose(gray.images, ((rgb.sum(1) / 255 - MEAN) / STD).flatten(1), atol=1e-6)
+
+
+def test_minibatches_cover_the_data_once_a_pass(dataset_path):
+    digits = load_dataset(dataset_path).train
+    kept, held_out = hold_out(digits, 0.2, torch.Generator().manual_seed(0))
+    assert len(kept.labels) == 32000 and len(held_out.labels) == 8000
+    split = Split(kept, torch.device("cpu"))
+    split.pixels[:, 0] = 0
+    batches = split.minibatches(3200, torch.Generator().manual_seed(0))
+    first_pass = torch.cat([next(batches).labels for _ in range(10)])
+    assert first_pass.sum() == split.labels.sum()
+    assert set(next(batches).envs.tolist()) == {0, 1}
+
+
+def test_averaging_returns_the_mean_of_the_last_weights(dataset_path):
+    split = Split(load_dataset(dataset_path).train, torch.device("cpu"))
+
+    def weights(iterations, average_last):
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        network = train(
+            MLP(), ERM(), split, generator, iterations=iterations, average_last=average_last
+        )
+        return network.phi[0].weight.detach().clone()
+
+    expected = (weights(3, 0) + weights(4, 0) + weights(5, 0)) / 3
+    assert torch.allclose(weights(5, 3), expected, atol=1e-7)
+    assert torch.equal(weights(5, 1), weights(5, 0))
+
+
+def test_log(command, dataset_path):
+    result = command("exp-mnist.py", "--trainer", "irm", "--dataset_path", dataset_path, *SHORT)
+    summary(result)
+    assert result.stderr == ""
+    log = result.stdout
+    for words in ("'trainer': 'IRM'", "'seed': 1234", "Device: CPU", "drawn with p_f 0.2"):
+        assert words in log
+    for iteration in (20, 40):
+        line = rf"Iteration {iteration}: loss of train1 [\d.]+, train2 [\d.]+; validation \{{'Acc"
+        assert len(re.findall(line, log)) == 2
+    assert len(re.findall(r"^Test result: \{'Accuracy': [\d.]+, 'AUC': ", log, re.M)) == 2
+    assert log.index("Mean flip rate: ") < log.index("Summary: ")
+
+
+def test_same_command_same_summary(command, dataset_path):
+    def run(seed):
+        arguments = ("--trainer", "groupDRO", "--dataset_path", dataset_path, "--seed", seed)
+        return command("exp-mnist.py", *arguments, "--drop_rate", 0.1, *SHORT).stdout
+
+    assert run(5) == run(5)
+    assert run(5).splitlines()[-1] != run(6).splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "low", "high"),
+    [
+        (("--trainer", "ERM"), 0.45, 0.55),
+        (("--trainer", "groupDRO"), 0.67, 0.75),
+        (("--trainer", "IRM"), 0.65, 0.75),
+        (("--trainer", "Backdoor"), 0.755, 0.80),
+        (("--trainer", "ERM", "--grayscale"), 0.765, 0.80),
+    ],
+)
+def test_accuracy_with_default_hyperparameters(command, dataset_path, arguments, low, high):
+    result = command("exp-mnist.py", "--no_cuda", "--dataset_path", dataset_path, *arguments)
+    assert low < summary(result)["Accuracy_testmean"] < high
+    flips = float(re.search(r"Mean flip rate: (\S+)", result.stdout)[1])
+    if "--grayscale" in arguments:
+        assert flips == 0
+    elif "ERM" in arguments:
+        assert flips > 0.25
+    elif "Backdoor" in arguments:
+        assert flips < 0.05
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--bias", "--batchnorm", "--drop_rate", 0.2, "--hidden_dim", 32, 16, 8),
+        ("--network", "cnn", "--batch_size", 64),
+        ("--grayscale", "--image_size", 14, "--validation", 0, "--average_last", 0),
+        ("--penalty", "plain", "--anneal_iterations", 2, "--weight_decay", 0.001),
+    ],
+)
+def test_options_train(command, dataset_path, arguments):
+    short = ("--iteration", 4, "--evaluation_steps", 2, "--repetitions", 1)
+    everything = ("--trainer", "IRM", "--dataset_path", dataset_path, "--no_cuda", *short)
+    summary(command("exp-mnist.py", *everything, *arguments))
+
+
+def test_saved_model_gives_the_same_result(command, dataset_path, tmp_path):
+    result = command(
+        "exp-mnist.py", "--dataset_path", dataset_path, "--save_model", tmp_path / "a" / "b", *SHORT
+    )
+    expected = summary(result)["Accuracy_testmean"]
+    test, scores = Split(load_dataset(dataset_path).test, torch.device("cpu")), []
+    for path in sorted((tmp_path / "a" / "b").glob("*.pt")):
+        saved = torch.load(path, weights_only=True)
+        network = MLP()
+        network.load_state_dict(saved["state_dict"])
+        scores.append(metrics(predict(network, test), test.labels)["Accuracy"])
+        assert saved["arguments"]["seed"] == 1234
+    assert len(scores) == 2 and np.mean(scores) == expected
+
+
+VREX = '''
+from model import Loss, TRAINERS, register
+
+@register(TRAINERS, "VREx")
+class VREx(Loss):
+    """Variance risk extrapolation (Krueger et al. 2021): mean + beta * variance of the risks."""
+
+    def __init__(self, reg_lambda=10.0):
+        self.beta = reg_lambda
+
+    def __call__(self, logits, batch):
+        risks, _ = self.risks(logits, batch)
+        return risks.mean(-1) + self.beta * risks.var(-1, correction=0)
+'''
+
+
+def test_a_loss_of_ones_own_takes_ten_lines(command, dataset_path, tmp_path):
+    (tmp_path / "vrex.py").write_text(VREX)
+    readme = (ROOT / "README.md").read_text()
+    assert VREX.strip() in readme, "the README shows this very code"
+    plugin = ("--plugin", tmp_path / "vrex.py", "--trainer", "vrex", "--reg_lambda", 1000)
+    arguments = ("--dataset_path", dataset_path, "--no_cuda", "--repetitions", 1)
+    accuracy = summary(command("exp-mnist.py", *plugin, *arguments))["Accuracy_testmean"]
+    assert accuracy > 0.6  # ERM is at 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--trainer", "DRO"), ("'DRO'", "ERM, groupDRO, IRM")),
+        (("--network", "RNN"), ("'RNN'", "MLP")),
+        (("--batch_size", 0), ("--batch_size", "'0'")),
+        (("--batch_size", "1.5"), ("--batch_size", "whole number")),
+        (("--iteration", -1), ("--iteration",)),
+        (("--repetitions", 0), ("--repetitions",)),
+        (("--evaluation_steps", 0), ("--evaluation_steps",)),
+        (("--hidden_dim", 64, 0), ("--hidden_dim",)),
+        (("--learning_rate", "nan"), ("--learning_rate", "nan")),
+        (("--learning_rate", 0), ("--learning_rate",)),
+        (("--weight_decay", -1), ("--weight_decay",)),
+        (("--drop_rate", 1), ("--drop_rate",)),
+        (("--eta", "inf"), ("--eta",)),
+        (("--reg_lambda", "many"), ("--reg_lambda", "'many'")),
+        (("--average_last", -1), ("--average_last",)),
+        (("--anneal_iterations", -1), ("--anneal_iterations",)),
+        (("--validation", 1), ("--validation",)),
+        (("--seed", -1), ("--seed",)),
+        (("--data_seed", "x"), ("--data_seed",)),
+        (("--p_f", 1.1), ("--p_f",)),
+        (("--p_e", 0.1, 0.4), ("--p_e",)),
+        (("--image_size", 27), ("--image_size",)),
+        (("--penalty", "none"), ("--penalty",)),
+        (("--network", "CNN", "--image_size", 14), ("CNN", "28")),
+        (("--plugin", "no/such/file.py"), ("--plugin", "file.py")),
+        (("--save_model", "README.md"), ("--save_model",)),
+        (("--dataset_path", "README.md"), ("README.md",)),
+        (("--dataset_path", "/proc/none"), ("/proc/none",)),
+        (("--unknown", 1), ("--unknown",)),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(command, dataset_path, arguments, words):
+    given = () if "--dataset_path" in arguments else ("--dataset_path", dataset_path)
+    assert_one_line(command("exp-mnist.py", *given, *arguments), *words)
+
+
+def test_divergence_is_reported(command, dataset_path):
+    arguments = ("--dataset_path", dataset_path, "--learning_rate", 1e30, "--trainer", "IRM")
+    assert_one_line(command("exp-mnist.py", *arguments), "diverged", "iteration", "--learning_rate")
+    with pytest.raises(UserError, match="a weight is nan or infinite at iteration 1"):
+        split = Split(load_dataset(dataset_path).train, torch.device("cpu"))
+        train(MLP(), ERM(), split, torch.Generator(), iterations=1, learning_rate=1e39)
+
+
+def test_help_explains_every_flag(command):
+    text = command("exp-mnist.py", "--help").stdout
+    blocks = re.split(r"\n  (?=-)", text)[1:]
+    assert len(blocks) > 25
+    for block in blocks:
+        assert len(block.split("  ")) > 1, f"no explanation: {block}"
+
+
+def test_run_script_grades(tmp_path):
+    """The table of run.sh, from logs with known summaries."""
+    import subprocess
+
+    script = (ROOT / "run.sh").read_text()
+    row = script[script.index("row() {") : script.index("\nset_up\n")]
+    logs = {"groupDRO": 0.6, "IRM": 0.5999, "ERM": 0.7, "low": 0.1}
+    for name, accuracy in logs.items():
+        (tmp_path / name).write_text(
+            f"Summary: {{'Accuracy_testmean': {accuracy}, 'Accuracy_teststd': 0.01, 'AUC_testm"
+            "ean': 1.0}\n"
+        )
+    table = "; ".join(f"row {name} {tmp_path / name}" for name in ("groupDRO", "IRM", "ERM"))
+    printed = subprocess.run(
+        ["bash", "-c", f"{row}\n{table}"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert [line.split()[-1] for line in printed] == ["15", "10", "-"]
+    assert "60.00 % ±  1.00" in printed[0]
