@@ -1,6 +1,7 @@
 """Stored digits → tensors on the device, and minibatches of them."""
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from preprocessing import MEAN, STD, Digits
 
-CHUNK = 4000  # images made into floats at a time when a whole split is passed through a network
+CHUNK = 2000  # images made into floats at a time when a whole split is passed through a network
 
 
 class Batch(NamedTuple):
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
 
 
 class Split:
-    """Coloured digits kept on the device as bytes, given out as batches.
+    """Coloured digits on the device, given out as batches.
 
     The blue channel is left out. It is 0 in every image, also once normalised, so no weight that
     reads it has an effect or a gradient: a network on the 1568 other inputs is the same function.
@@ -31,40 +32,90 @@ class Split:
         device: where to hold it.
         grayscale: show each digit without its colour, as 784 inputs.
         image_size: side of the images in pixels; 14 keeps every other row and column.
+        as_floats: hold normalised floats instead of bytes: four times the memory, for what is
+            passed through a network more than a few times.
     """
 
     def __init__(
-        self, digits: Digits, device: torch.device, grayscale: bool = False, image_size: int = 28
+        self,
+        digits: Digits,
+        device: torch.device,
+        grayscale: bool = False,
+        image_size: int = 28,
+        as_floats: bool = False,
     ):
         step = 28 // image_size
         pixels = digits.pixels[:, :, ::step, ::step]
         if grayscale:
             pixels = pixels.sum(1, dtype=torch.uint8)
         self.grayscale = grayscale
-        self.pixels = pixels.flatten(1).contiguous().to(device)
+        self.images = pixels.flatten(1).to(device)
         self.labels = digits.labels.float().to(device)
         self.colors = digits.colors.long().to(device)
         self.envs = digits.envs.to(device)
+        self.index = torch.arange(len(self.labels), device=device)
+        if as_floats:
+            self.images = normalize(self.images)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.index)
 
     @property
     def inputs(self) -> int:
         """Numbers per image."""
-        return self.pixels.shape[1]
+        return self.images.shape[1]
 
-    def batch(self, index: Tensor) -> Batch:
-        """The samples at `index` (N,)."""
-        # (value / 255 - mean) / std, as one product and one difference
-        images = self.pixels.index_select(0, index).float()
-        images = images.mul_(1 / (255 * STD)).sub_(MEAN / STD)
-        return Batch(images, self.labels[index], self.colors[index], self.envs[index])
+    def part(self, positions: Tensor) -> "Split":
+        """The samples at these positions, as a split that shares this one's memory."""
+        part = copy.copy(self)
+        part.index = self.index[positions.to(self.index.device)]
+        return part
+
+    def to(self, device: torch.device) -> "Split":
+        """The same split on another device."""
+        moved = copy.copy(self)
+        for name in ("images", "labels", "colors", "envs", "index"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def batch(self, positions: Tensor) -> Batch:
+        """The samples at `positions` (N,) of this split."""
+        return next(self.batches([positions]))
+
+    def batches(self, positions: Iterable[Tensor]) -> Iterator[Batch]:
+        """The samples at each `positions`; a batch's images are overwritten by those of the next.
+
+        Sharing memory is for speed: to ask the system for it takes longer than to fill it.
+        """
+        rows = None
+        for chosen in positions:
+            if rows is None or len(rows) != len(chosen):
+                rows = self.images.new_empty(len(chosen), self.inputs)
+            index = self.index[chosen]
+            torch.index_select(self.images, 0, index, out=rows)
+            yield Batch(
+                rows if rows.is_floating_point() else normalize(rows),
+                *(field.index_select(0, index) for field in (self.labels, self.colors, self.envs)),
+            )
 
     def chunks(self) -> Iterator[Batch]:
-        """The whole split, in order, `CHUNK` samples at a time."""
-        for index in torch.arange(len(self), device=self.labels.device).split(CHUNK):
-            yield self.batch(index)
+        """The whole split, in order, `CHUNK` samples at a time, as `batches` gives them."""
+        return self.batches(torch.arange(len(self), device=self.index.device).split(CHUNK))
+
+    def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Endless minibatches of all environments together, as `batches` gives them.
+
+        Each pass through the data is without replacement and in a new order; what is left of it
+        below `size` is dropped.
+        """
+        size = min(size, len(self))
+
+        def positions() -> Iterator[Tensor]:
+            while True:
+                order = torch.randperm(len(self), generator=generator).to(self.index.device)
+                yield from order[: len(self) // size * size].split(size)
+
+        return self.batches(positions())
 
     def recolored(self, images: Tensor) -> Tensor:
         """Images (N, inputs) with each digit in the other colour."""
@@ -72,23 +123,13 @@ class Split:
             return images
         return images.view(len(images), 2, -1).flip(1).flatten(1)
 
-    def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Endless minibatches without replacement, of all environments together.
-
-        Each pass through the data is in a new order; what is left of it below `size` is dropped.
-        """
-        size = min(size, len(self))
-        while True:
-            order = torch.randperm(len(self), generator=generator).to(self.labels.device)
-            for index in order[: len(self) // size * size].split(size):
-                yield self.batch(index)
+    def hold_out(self, proportion: float, generator: torch.Generator) -> tuple["Split", "Split"]:
+        """Split at random: for training, and of the given proportion for validation."""
+        order = torch.randperm(len(self), generator=generator)
+        count = max(1, round(proportion * len(self)))
+        return self.part(order[count:]), self.part(order[:count])
 
 
-def hold_out(
-    digits: Digits, proportion: float, generator: torch.Generator
-) -> tuple[Digits, Digits]:
-    """Split at random into digits for training and, of the given proportion, for validation."""
-    order = torch.randperm(len(digits.labels), generator=generator)
-    count = max(1, round(proportion * len(order)))
-    validation, train = order[:count], order[count:]
-    return Digits(*(field[train] for field in digits)), Digits(*(f[validation] for f in digits))
+def normalize(pixels: Tensor) -> Tensor:
+    """Bytes → (value / 255 - mean) / std, float32."""
+    return pixels.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)

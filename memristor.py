@@ -5,20 +5,30 @@
 Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.
 """
 
+import argparse
 import copy
 import itertools
-import math
+import statistics
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
-import metric
-from preprocessing import UserError, number, replacing, run
-from trainer import parse_arguments, predict, repetitions, summarize, training_parser
+from preprocessing import UserError, make_folder, number, run, save_figure
+from trainer import (
+    Repetition,
+    evaluate,
+    parse_arguments,
+    repetitions,
+    summarize,
+    training_parser,
+)
 
 try:
     import memtorch
@@ -31,6 +41,8 @@ except ImportError:
 TIME_SERIES_RESOLUTION = 1e-10  # seconds, of the VTEAM devices
 # The inputs of a layer may exceed those of the calibration by this factor before they are cut off.
 HEADROOM = 1.25
+# How many times as long a hardened network is trained.
+HARDENED_TRAINING = 3
 NOT_INSTALLED = "MemTorch is not installed: run ./run.sh, or see 'The crossbar' in README.md"
 
 
@@ -264,10 +276,8 @@ def round_conductances(crossbar, states: int) -> None:
     MemTorch's own `FiniteConductanceStates` leaves every device as it is: its rounding of a range
     that is a tensor fails, and it passes over the failure.
     """
-    lowest, highest = (
-        1 / torch.tensor(np.vectorize(lambda device: getattr(device, name))(crossbar.devices))
-        for name in ("r_off", "r_on")
-    )
+    lowest = 1 / torch.tensor(np.vectorize(lambda device: device.r_off)(crossbar.devices))
+    highest = 1 / torch.tensor(np.vectorize(lambda device: device.r_on)(crossbar.devices))
     steps = (crossbar.conductance_matrix - lowest) / (highest - lowest) * (states - 1)
     rounded = lowest + steps.round() / (states - 1) * (highest - lowest)
     crossbar.conductance_matrix = rounded.float()
@@ -339,8 +349,13 @@ def crossbar_parser():
         help="standard deviation of r_on and r_off between devices, relative to their mean",
     )
     add("--fault_seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the stuck devices")
-    add("--harden", action="store_true", help="train for stuck devices (3 times the iterations)")
+    add(
+        "--harden",
+        action="store_true",
+        help=f"train for stuck devices, {HARDENED_TRAINING} times as long",
+    )
     add("--sweep", action="store_true", help="draw accuracy over stuck devices and ADC resolution")
+    add("--fault_patterns", type=side, default=5, help="of --sweep, for each proportion")
     add("--figure", default="figures/crossbar.png", help="where --sweep saves its figure")
     return parser
 
@@ -360,7 +375,71 @@ def describe(crossbar: nn.Module) -> str:
 
 def calibration_images(train) -> Tensor:
     """Training images to calibrate a crossbar with."""
-    return train.batch(torch.arange(min(2000, len(train)), device=train.labels.device)).images
+    return train.batch(torch.arange(min(2000, len(train)), device=train.index.device)).images
+
+
+def crossbar_accuracy(repetition: Repetition, options: dict) -> float:
+    crossbar = to_crossbar(repetition.network, calibration_images(repetition.train), **options)
+    test = repetition.test.to(torch.device("cpu"))
+    return evaluate(crossbar, test)["Accuracy"]
+
+
+def sweep(args: argparse.Namespace, options: dict) -> None:
+    """Draw the test accuracy over stuck devices and over ADC resolution, plain and hardened.
+
+    One network of each kind; as many fault patterns as asked, drawn as a band from worst to best.
+    """
+    args.repetitions = 1
+    (plain,) = repetitions(args)
+    args.iteration *= HARDENED_TRAINING
+    (hardened,) = repetitions(args, harden)
+    networks = {"plain": plain, "hardened": hardened}
+    proportions, resolutions = (0, 0.025, 0.05, 0.1, 0.15, 0.2), range(2, 11)
+    patterns = range(args.fault_seed, args.fault_seed + args.fault_patterns)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    over_faults, over_bits = figure.subplots(1, 2, sharey=True)
+    steps = len(networks) * (len(proportions) * len(patterns) + len(resolutions))
+    with tqdm(total=steps, disable=None, leave=False) as progress:
+
+        def measure(name: str, changed: dict) -> float:
+            progress.update()
+            return 100 * crossbar_accuracy(networks[name], options | changed)
+
+        for name, color in (("plain", "tab:orange"), ("hardened", "tab:blue")):
+            digital = 100 * networks[name].result["Accuracy"]
+            rows = [
+                [measure(name, {"lrs_proportion": p, "fault_seed": seed}) for seed in patterns]
+                for p in proportions
+            ]
+            for proportion, row in zip(proportions, rows, strict=True):
+                print(
+                    f"Stuck at low resistance: {proportion:.1%}, {name}: accuracy "
+                    f"{statistics.fmean(row):.2f} % (worst {min(row):.2f}, best {max(row):.2f})"
+                )
+            shares = [100 * proportion for proportion in proportions]
+            over_faults.plot(shares, [statistics.fmean(row) for row in rows], "o-", color=color)
+            over_faults.fill_between(
+                shares, [min(r) for r in rows], [max(r) for r in rows], color=color, alpha=0.25
+            )
+            bits = [measure(name, {"adc_resolution": resolution}) for resolution in resolutions]
+            for resolution, accuracy in zip(resolutions, bits, strict=True):
+                print(f"ADC of {resolution} bits, {name}: accuracy {accuracy:.2f} %")
+            over_bits.plot(resolutions, bits, "o-", color=color, label=f"{name}, crossbar")
+            for axis in (over_faults, over_bits):
+                label = f"{name}, digital ({digital:.1f} %)"
+                axis.axhline(digital, color=color, linestyle="--", linewidth=1, label=label)
+    for axis, label in (
+        (over_faults, "devices stuck at low resistance, %"),
+        (over_bits, "ADC resolution, bits"),
+    ):
+        axis.axhline(50, color="gray", linestyle=":", label="chance")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    over_faults.set_ylabel("test accuracy, %")
+    over_faults.set_title(f"{args.trainer}: band over {len(patterns)} fault patterns", fontsize=10)
+    over_bits.set_title("no device stuck", fontsize=10)
+    over_bits.legend(fontsize=8, loc="lower right")
+    save_figure(figure, args.figure)
 
 
 def main() -> None:
@@ -372,16 +451,17 @@ def main() -> None:
         parser.error("--lrs_proportion and --hrs_proportion add up to more than 1")
     if memtorch is None:
         raise UserError(NOT_INSTALLED)
-    if args.sweep:
-        return sweep(args)
-    if args.harden:
-        args.iteration *= 3
     options = {name: getattr(args, name) for name in CROSSBAR_OPTIONS}
+    if args.sweep:
+        make_folder(Path(args.figure).parent)
+        return sweep(args, options)
+    if args.harden:
+        args.iteration *= HARDENED_TRAINING
     digital_results, results = [], []
     for repetition in repetitions(args, harden if args.harden else None):
         crossbar = to_crossbar(repetition.network, calibration_images(repetition.train), **options)
         test = repetition.test.to(torch.device("cpu"))
-        result = metric.metrics(predict(crossbar, test), test.labels)
+        result = evaluate(crossbar, test)
         print(f"Crossbar: {describe(crossbar)}")
         print(f"Crossbar test result: {result}", flush=True)
         digital_results.append(repetition.result)

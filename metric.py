@@ -2,11 +2,15 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Scores of the prediction "1 where the logit is above 0".
+
+    Equal to scikit-learn's accuracy_score, roc_auc_score and f1_score(average="macro"), but from
+    one pass through the logits: those take a second to import and 20 ms for each line of the log.
 
     Args:
         logits: (N,).
@@ -15,13 +19,22 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     Returns:
         "Accuracy", "AUC" (nan if only one label occurs) and "F1_macro", each 0 to 1.
     """
-    from sklearn.metrics import accuracy_score, f1_score, roc_auc_score  # a second to import
-
-    logits, labels = logits.cpu().numpy(), labels.cpu().numpy()
-    predictions = logits > 0
-    one_label = labels.min() == labels.max()
+    predictions, truth = logits > 0, labels > 0
+    # Rows: truth, columns: prediction
+    (tn, fp), (fn, tp) = torch.bincount(2 * truth + predictions, minlength=4).view(2, 2).tolist()
+    negatives, positives = tn + fp, fn + tp
+    # Mann-Whitney: the mean rank of the positives, equal logits sharing the mean of their ranks
+    _, index, counts = logits.unique(return_inverse=True, return_counts=True)
+    ranks = counts.cumsum(0) - (counts - 1) / 2
+    above = ranks.double()[index][truth].sum().item() - positives * (positives + 1) / 2
+    # A label that neither occurs nor is predicted has no part in the macro mean.
+    f1 = [
+        2 * hits / (2 * hits + errors)
+        for hits, errors in ((tn, fp + fn), (tp, fp + fn))
+        if hits + errors
+    ]
     return {
-        "Accuracy": float(accuracy_score(labels, predictions)),
-        "AUC": math.nan if one_label else float(roc_auc_score(labels, logits)),
-        "F1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "Accuracy": (tn + tp) / (negatives + positives),
+        "AUC": above / (positives * negatives) if positives and negatives else math.nan,
+        "F1_macro": sum(f1) / len(f1),
     }

@@ -19,17 +19,19 @@ class Network(nn.Module):
     """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1."""
 
     # How long to train by default; a subclass for which another length is right has its own.
-    defaults = {"batch_size": 1024, "iteration": 400, "average_last": 50}
+    defaults = {"batch_size": 1024, "iteration": 400, "average_last": 100}
 
     def __init__(self, phi: nn.Sequential):
         super().__init__()
         self.phi = phi
         # A bare scalar, no nn.Linear: MemTorch would turn a 1 x 1 layer into a crossbar of its own.
         self.output_layer = nn.Parameter(torch.ones(()), requires_grad=False)
-        # Logits start near 0. The squared gradients of IRM, which large random logits would start
-        # with, would otherwise fill Adam's memory and slow the first hundreds of iterations.
-        with torch.no_grad():
-            self.phi[-1].weight.mul_(0.1)
+        # As in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010).
+        for layer in phi:
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, inputs) float32 → logits (N,)."""
@@ -98,15 +100,20 @@ class CNN(Network):
         )
 
 
-def group_means(values: Tensor, groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Means of `values` (..., N) over each of `count` groups: (..., G), 0 for an absent group.
+def group_means(groups: Tensor, count: int, *values: Tensor) -> list[Tensor]:
+    """How many samples each of `count` groups has, and means over groups: each (..., G).
 
-    Also returns how many samples each group has, (..., G). One product with a mask, no loop.
+    One product with a mask, no loop over groups. The mean over an absent group is 0.
+
+    Args:
+        groups: (..., N), the group of each sample; a number outside 0 to `count` - 1 is no group.
+        values: each (..., N), what to take means of.
     """
     index = torch.arange(count, device=groups.device)
-    mask = (groups.unsqueeze(-2) == index.unsqueeze(-1)).to(values.dtype)
+    mask = (groups.unsqueeze(-2) == index.unsqueeze(-1)).to(values[0].dtype)
     sizes = mask.sum(-1)
-    return (mask @ values.unsqueeze(-1)).squeeze(-1) / sizes.clamp(min=1), sizes
+    means = (mask @ torch.stack(values, -1)) / sizes.clamp(min=1).unsqueeze(-1)
+    return [sizes, *means.unbind(-1)]
 
 
 def mean_present(values: Tensor, sizes: Tensor) -> Tensor:
@@ -119,8 +126,8 @@ class Loss:
     """What a trainer minimises: `objective = loss(logits, batch)`.
 
     Logits are (N,), or (R, N) with the fields of the batch (R, N) for R stacked repetitions; the
-    objective is a scalar, or (R,). An instance serves one training: it may keep state between steps.
-    An environment absent from a minibatch has no part in that minibatch's objective.
+    objective is a scalar, or (R,). An instance serves one training: it may keep state between
+    steps. An environment absent from a minibatch has no part in that minibatch's objective.
     """
 
     environments = 2
@@ -132,8 +139,8 @@ class Loss:
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
 
     def risks(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """R_e and the number of samples of each environment, both (..., E)."""
-        return group_means(self.losses(logits, batch), batch.envs, self.environments)
+        """R_e, (..., E); 0 for an environment that the minibatch lacks."""
+        return group_means(batch.envs, self.environments, self.losses(logits, batch))[1]
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         raise NotImplementedError
@@ -144,7 +151,8 @@ class ERM(Loss):
     """Empirical risk minimisation: mean over e of R_e (assignment, equations 2 and 3)."""
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        return mean_present(*self.risks(logits, batch))
+        sizes, risks = group_means(batch.envs, self.environments, self.losses(logits, batch))
+        return mean_present(risks, sizes)
 
 
 @register(TRAINERS, "groupDRO")
@@ -167,7 +175,7 @@ class GroupDRO(Loss):
         return self.log_q.exp()
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        risks, _ = self.risks(logits, batch)
+        risks = self.risks(logits, batch)
         if self.log_q is None:
             self.log_q = torch.full_like(risks.detach(), -math.log(self.environments))
         self.log_q = torch.log_softmax(self.log_q + self.eta * risks.detach(), -1)
@@ -199,12 +207,16 @@ class IRM(Loss):
         self.iteration = 0
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        risks, sizes = self.risks(logits, batch)
         gradients = (torch.sigmoid(logits) - batch.labels) * logits
-        means, _ = group_means(gradients, batch.envs, self.environments)
+        sizes, risks, means, squares = group_means(
+            batch.envs,
+            self.environments,
+            self.losses(logits, batch),
+            gradients,
+            gradients.square(),
+        )
         penalties = means.square()
         if self.penalty == "unbiased":
-            squares, _ = group_means(gradients.square(), batch.envs, self.environments)
             penalties = (sizes * penalties - squares) / (sizes - 1).clamp(min=1)
         annealing = self.iteration < self.anneal_iterations
         weight = 1.0 if annealing else self.reg_lambda
@@ -225,14 +237,10 @@ class Backdoor(Loss):
     """
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        strata = 2 * batch.envs + batch.colors
-        count = 2 * self.environments
-        of_zero, zeros = group_means(
-            self.losses(logits, batch), torch.where(batch.labels == 0, strata, -1), count
-        )
-        of_one, ones = group_means(
-            self.losses(logits, batch), torch.where(batch.labels == 1, strata, -1), count
-        )
-        weights = (zeros + ones) * (zeros > 0) * (ones > 0)
-        balanced = (of_zero + of_one) / 2
-        return (weights * balanced).sum(-1) / weights.sum(-1).clamp(min=1)
+        cells = 4 * batch.envs + 2 * batch.colors + batch.labels.long()
+        count = 4 * self.environments
+        sizes, means = group_means(cells, count, self.losses(logits, batch))
+        # (..., environment and colour, label)
+        sizes, means = sizes.unflatten(-1, (-1, 2)), means.unflatten(-1, (-1, 2))
+        weights = sizes.sum(-1) * (sizes > 0).all(-1)
+        return (weights * means.mean(-1)).sum(-1) / weights.sum(-1).clamp(min=1)

@@ -71,6 +71,14 @@ def replacing(path: Path) -> Iterator[Path]:
             remove(partial)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, where they are missing; UserError if that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -144,14 +152,12 @@ def color_digits(
 
 def color_mnist(
     images: Tensor, digits: Tensor, p_f: float, p_e: tuple[float, ...], seed: int
-) -> dict[str, dict[str, Tensor]]:
-    """The three environments, each a third of MNIST in its order, as `color_digits` gives them."""
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Name and contents of each environment: a third of MNIST in its order, by `color_digits`."""
     generator = torch.Generator().manual_seed(seed)
     thirds = zip(ENVIRONMENTS, images.chunk(3), digits.chunk(3), p_e, strict=True)
-    return {
-        name: color_digits(images, digits, p_f, flip, generator)
-        for name, images, digits, flip in thirds
-    }
+    for name, third, which, flip in thirds:
+        yield name, color_digits(third, which, p_f, flip, generator)
 
 
 def make_dataset(
@@ -168,13 +174,13 @@ def make_dataset(
     if is_filled(folder):
         return folder
     try:
-        dataset_path.mkdir(parents=True, exist_ok=True)
+        make_folder(dataset_path)
         images, digits = load_mnist(dataset_path)
         with replacing(folder) as partial:
             # Another run may have made it while this one waited for the lock.
             if not is_filled(folder):
                 partial.mkdir()
-                for name, record in color_mnist(images, digits, p_f, p_e, seed).items():
+                for name, record in color_mnist(images, digits, p_f, p_e, seed):
                     drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed}
                     torch.save(record | drawn, partial / f"{name}.pt")
                 if folder.exists():
@@ -454,8 +460,19 @@ def draw_samples(data: Dataset, path: Path) -> None:
             axis.imshow(rgb.numpy())
             axis.set_title(f"y = {environment.labels[i]}", fontsize=9)
             axis.axis("off")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Save a matplotlib figure as a PNG; the folder is made if it is missing."""
+    path = Path(path)
+    try:
+        make_folder(path.parent)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    print(f"Figure: {path}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -508,7 +525,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a command line's `main`; a user's mistake or Ctrl-C ends in one line, not a traceback."""
+    """Call a command line's `main`; a user's mistake and Ctrl-C end in one line."""
     try:
         main()
         sys.stdout.flush()
@@ -532,13 +549,7 @@ def main() -> None:
     args = parser.parse_args()
     data = load_dataset(args.dataset_path, args.p_f, tuple(args.p_e), args.seed)
     print(data.description)
-    figure = Path(args.figure or Path(args.dataset_path) / "samples.png")
-    try:
-        figure.parent.mkdir(parents=True, exist_ok=True)
-        draw_samples(data, figure)
-    except OSError as error:
-        raise UserError(f"cannot write {figure}: {error.strerror}") from None
-    print(f"Samples: {figure}")
+    draw_samples(data, Path(args.figure or Path(args.dataset_path) / "samples.png"))
 
 
 if __name__ == "__main__":

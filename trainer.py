@@ -17,10 +17,19 @@ from torch.optim.adam import adam
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
-import metric
-from dataset import Split, hold_out
+from dataset import Split
+from metric import metrics
 from model import Loss, Network
-from preprocessing import Parser, UserError, add_data_arguments, load_dataset, number, replacing
+from preprocessing import (
+    Digits,
+    Parser,
+    UserError,
+    add_data_arguments,
+    load_dataset,
+    make_folder,
+    number,
+    replacing,
+)
 from register import NETWORKS, TRAINERS, canonical_name
 
 
@@ -46,6 +55,12 @@ def training_parser(description: str) -> Parser:
     add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help="dropout, 0 to 0.99")
     add("--learning_rate", type=rate, default=1e-3, help="step size of Adam")
     add("--weight_decay", type=number(float, 0), default=0.0, help="L2 coefficient of Adam")
+    add(
+        "--max_gradient_norm",
+        type=number(float, 0),
+        default=0.1,
+        help="longer gradients are shortened to this (Pascanu et al. 2013), 0: none are",
+    )
     for name, meaning in (
         ("batch_size", "images per minibatch"),
         ("iteration", "minibatches per training"),
@@ -83,7 +98,7 @@ def training_parser(description: str) -> Parser:
         "--anneal_iterations",
         type=number(int, 0),
         default=0,
-        help="IRM: iterations with a penalty weight of 1, before an objective divided by reg_lambda",
+        help="IRM: iterations with λ = 1; after them the objective is divided by reg_lambda",
     )
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
     return parser
@@ -106,10 +121,7 @@ def parse_arguments(parser: Parser, arguments: list[str] | None = None) -> argpa
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.save_model:
-        try:
-            Path(args.save_model).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"argument --save_model: cannot make the folder: {error.strerror}")
+        make_folder(Path(args.save_model))
     return args
 
 
@@ -144,19 +156,19 @@ def repetitions(
     data = load_dataset(args.dataset_path, args.p_f, tuple(args.p_e), args.data_seed, args.seed)
     print(f"Data: {data.description}", flush=True)
 
-    def on_device(digits):
-        return Split(digits, device, args.grayscale, args.image_size)
+    def on_device(digits: Digits, as_floats: bool = False) -> Split:
+        return Split(digits, device, args.grayscale, args.image_size, as_floats)
 
     test = on_device(data.test)
+    all_train = on_device(data.train, as_floats=True)
+    given_validation = data.validation and on_device(data.validation)
+    del data
     for repetition in range(args.repetitions):
         print(f"Repetition {repetition + 1} of {args.repetitions}")
         generator = torch.Generator().manual_seed(1000 * args.seed + repetition)
-        train_digits, validation_digits = data.train, data.validation
-        if validation_digits is None and args.validation:
-            train_digits, validation_digits = hold_out(data.train, args.validation, generator)
-        train_split = on_device(train_digits)
-        validation = validation_digits and on_device(validation_digits)
-
+        train_split, validation = all_train, given_validation
+        if validation is None and args.validation:
+            train_split, validation = all_train.hold_out(args.validation, generator)
         # Initial weights and dropout are drawn by torch, which reads its global generator.
         torch.manual_seed(1000 * args.seed + repetition)
         channels = 1 if args.grayscale else 2
@@ -174,13 +186,12 @@ def repetitions(
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,
             weight_decay=args.weight_decay,
+            max_gradient_norm=args.max_gradient_norm,
             average_last=args.average_last,
             evaluation_steps=args.evaluation_steps,
             validation=validation,
         )
-        logits = predict(network, test)
-        result = metric.metrics(logits, test.labels)
-        flips = ((logits > 0) != (predict(network, test, recolored=True) > 0)).float().mean().item()
+        result, flips = evaluate(network, test), flip_rate(network, test)
         if args.save_model:
             save(args, repetition, network)
         print(f"Test result: {result}")
@@ -198,6 +209,7 @@ def train(
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
+    max_gradient_norm: float = 0.0,
     average_last: int = 0,
     evaluation_steps: int = 20,
     validation: Split | None = None,
@@ -209,6 +221,10 @@ def train(
         loss: made for this training.
         split: what to draw minibatches from.
         generator: orders the samples.
+        max_gradient_norm: longer gradients are shortened to this norm (Pascanu et al. 2013, "On the
+            difficulty of training recurrent neural networks"). IRM's first gradients are tens of
+            times as long as its later ones, and Adam's memory of them would shorten all steps that
+            follow. 0 leaves gradients as they are.
         average_last: return the mean of the weights after each of the last so many iterations
             (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
             generalization"); 0 returns the last weights.
@@ -231,12 +247,14 @@ def train(
         objective = loss(logits, batch)
         if not math.isfinite(objective.item()):
             raise diverged(iteration, "the objective")
-        gradients = torch.autograd.grad(objective, parameters)
+        objective.backward()
+        if max_gradient_norm:
+            nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
         # The function behind torch.optim.Adam; the class spends a second importing a compiler.
         with torch.no_grad():
             adam(
                 parameters,
-                list(gradients),
+                [parameter.grad for parameter in parameters],
                 means,
                 squares,
                 [],
@@ -250,15 +268,15 @@ def train(
                 eps=1e-8,
                 maximize=False,
             )
+        network.zero_grad()
         if iteration > iterations - average_last:
             averaged = averaged or AveragedModel(network)
             averaged.update_parameters(network)
         if iteration % evaluation_steps == 0:
-            risks, _ = loss.risks(logits.detach(), batch)
+            risks = loss.risks(logits.detach(), batch)
             line = f"Iteration {iteration}: loss of train1 {risks[0]:.4f}, train2 {risks[1]:.4f}"
             if validation is not None:
-                scores = metric.metrics(predict(network, validation), validation.labels)
-                line += f"; validation {scores}"
+                line += f"; validation {evaluate(network, validation)}"
                 network.train()
             print(line)
     if averaged is not None:
@@ -287,6 +305,17 @@ def predict(network: nn.Module, split: Split, recolored: bool = False) -> Tensor
     network.eval()
     recolor = split.recolored if recolored else lambda images: images
     return torch.cat([network(recolor(batch.images)) for batch in split.chunks()])
+
+
+def evaluate(network: nn.Module, split: Split) -> dict[str, float]:
+    """Accuracy, AUC and F1_macro on a whole split."""
+    return metrics(predict(network, split), split.labels[split.index])
+
+
+def flip_rate(network: nn.Module, split: Split) -> float:
+    """Share of predictions that change when only the colour of the digit does, 0 to 1."""
+    flips = (predict(network, split) > 0) != (predict(network, split, recolored=True) > 0)
+    return flips.double().mean().item()
 
 
 def summarize(results: list[dict[str, float]]) -> dict[str, float]:

@@ -34,7 +34,7 @@ def command():
 
 @pytest.fixture(scope="session")
 def dataset_path(tmp_path_factory):
-    """A folder with ColoredMNIST in it, drawn from the real digits with seed 7. Not to be changed."""
+    """A folder with ColoredMNIST in it, drawn from the real digits, for reading only."""
     path = tmp_path_factory.mktemp("data")
     preprocessing.load_dataset(path, seed=7)
     return path

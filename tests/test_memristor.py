@@ -1,0 +1,311 @@
+"""The crossbar: equal to MemTorch's own kernel, nothing lost in the move, robust when hardened."""
+
+import ast
+import copy
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line
+from torch import nn
+
+pytest.importorskip("memtorch", reason="MemTorch is not installed (no compiler)")
+
+import memtorch  # noqa: E402
+from memtorch.bh.crossbar.Tile import tiled_inference  # noqa: E402
+from memtorch.bh.nonideality.DeviceFaults import apply_device_faults  # noqa: E402
+from memtorch.mn.Module import patch_model  # noqa: E402
+
+import memristor  # noqa: E402
+from dataset import Split  # noqa: E402
+from memristor import StuckDevices, harden, quantize_currents, tile_currents, to_crossbar  # noqa: E402
+from metric import metrics  # noqa: E402
+from model import CNN, ERM, MLP, Backdoor  # noqa: E402
+from preprocessing import load_dataset  # noqa: E402
+from trainer import evaluate, predict, train  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def splits(dataset_path):
+    data = load_dataset(dataset_path)
+    return Split(data.train, CPU), Split(data.test, CPU)
+
+
+def images(split, count):
+    return split.batch(torch.arange(count)).images
+
+
+def scores(network, split):
+    return evaluate(network, split)
+
+
+@pytest.fixture(scope="module")
+def networks(splits):
+    """Trained networks of each kind; short trainings, as only the move is looked at."""
+
+    def trained(network, iterations=100, batch_size=1024):
+        torch.manual_seed(0)
+        network.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
+        generator = torch.Generator().manual_seed(0)
+        return train(
+            network,
+            Backdoor(),
+            splits[0],
+            generator,
+            iterations=iterations,
+            batch_size=batch_size,
+            average_last=iterations // 4,
+        )
+
+    return {
+        "plain": trained(MLP()),
+        "bias": trained(MLP(bias=True)),
+        "batchnorm": trained(MLP(bias=True, batchnorm=True)),
+        "CNN": trained(CNN(), iterations=40, batch_size=128),
+    }
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "batchnorm", "CNN"])
+def test_nothing_is_lost_in_the_move(networks, splits, kind):
+    train_split, test = splits
+    if kind == "CNN":
+        test = test.part(torch.arange(4000))
+    network = networks[kind]
+    digital, crossbar = predict(network, test), to_crossbar(network, images(train_split, 1000))
+    logits = predict(crossbar, test)
+    before, after = (metrics(outputs, test.labels[test.index]) for outputs in (digital, logits))
+    assert before["Accuracy"] > 0.6
+    for name in ("Accuracy", "AUC"):
+        assert abs(after[name] - before[name]) < 0.005
+    slope = np.polyfit(digital, logits, 1)[0]
+    assert 0.95 < slope < 1.05
+
+
+def test_logits_do_not_depend_on_the_batch(networks, splits):
+    crossbar = to_crossbar(networks["bias"], images(splits[0], 500), lrs_proportion=0.05)
+    batch = images(splits[1], 64)
+    with torch.no_grad():
+        alone = torch.cat([crossbar(image[None]) for image in batch])
+        batch[40:] *= 100  # a batch with other samples, very large ones
+        together = crossbar(batch)
+    close = (alone[:40] - together[:40]).abs() <= 1e-5 * alone.abs().max()
+    assert close.sum() >= 38  # the sums are in another order: an ADC's rounding may turn over
+
+
+def memtorch_layers(network, quick, bits=8, faults=0.0, tile_shape=(128, 128)):
+    """The network's layers as MemTorch makes them, in our quick crossbars or in its own."""
+    patched = copy.deepcopy(network)
+    if quick:
+        context = memristor.quick_crossbars()
+        device, parameters = memristor.device_factory(1.4e4, 5e7, 0.0, None), {"cell": True}
+    else:
+        context = __import__("contextlib").nullcontext()
+        device = memtorch.bh.memristor.VTEAM
+        parameters = {"time_series_resolution": 1e-10, "r_off": 5e7, "r_on": 1.4e4}
+    with context:
+        patch_model(
+            patched,
+            memristor_model=device,
+            memristor_model_params=parameters,
+            module_parameters_to_patch=[nn.Linear],
+            mapping_routine=memtorch.map.Parameter.naive_map,
+            transistor=True,
+            tile_shape=tile_shape,
+            max_input_voltage=0.3,
+            ADC_resolution=bits,
+            ADC_overflow_rate=0.0,
+            quant_method="linear" if bits else None,
+            verbose=False,
+        )
+    np.random.seed(1)
+    layers = [layer for layer in patched.phi if hasattr(layer, "crossbars")]
+    for layer in layers:
+        if faults:
+            apply_device_faults(layer, faults, faults, 0.0)
+    return layers
+
+
+def test_quick_crossbars_are_memtorchs():
+    """The same conductances and the same stuck devices, from a network small enough for both."""
+    torch.manual_seed(0)
+    network = MLP(50, (20, 9))
+    for faults in (0.0, 0.1):
+        quick, own = (
+            memtorch_layers(network, quick, faults=faults, tile_shape=(16, 8))
+            for quick in (True, False)
+        )
+        for ours, theirs in zip(quick, own, strict=True):
+            for a, b in zip(ours.crossbars, theirs.crossbars, strict=True):
+                assert torch.equal(a.conductance_matrix, b.conductance_matrix.float())
+                assert torch.equal(a.tiles_map, b.tiles_map)
+                assert a.devices.shape == b.devices.shape
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+@pytest.mark.parametrize("faults", [0.0, 0.1])
+@pytest.mark.parametrize("tile_shape", [(128, 128), (100, 30)])
+def test_tiles_compute_what_memtorchs_kernel_does(networks, splits, bits, faults, tile_shape):
+    """Every output of every layer, with and without ADC, faults and padding."""
+    rounded, outputs = 0, 0
+    inputs = images(splits[1], 200)
+    for layer in memtorch_layers(networks["plain"], True, bits, faults, tile_shape):
+        voltages = 0.3 * inputs / inputs.abs().max()
+        tiles = layer.crossbars[0].conductance_matrix - layer.crossbars[1].conductance_matrix
+        crossbar = layer.crossbars[0]
+        ours = tile_currents(voltages, tiles, crossbar.tiles_map, crossbar.columns, bits)
+        theirs = tiled_inference(voltages, layer, transistor=True)
+        deviation = (ours - theirs).abs() / theirs.abs().max()
+        at_a_boundary = deviation > 1e-5
+        # A current next to the boundary of two ADC levels rounds one step up or down.
+        assert deviation.max() < (2.0 ** (2 - bits) if bits else 1e-5)
+        rounded, outputs = rounded + at_a_boundary.sum().item(), outputs + ours.numel()
+        inputs = torch.relu(layer(inputs))
+    assert rounded <= 0.002 * outputs, f"{rounded} of {outputs}"
+
+
+def test_adc_is_memtorchs():
+    torch.manual_seed(0)
+    for bits in range(2, 11):
+        rows = torch.cat(
+            [torch.randn(50, 64) * 1e-5, torch.zeros(1, 64), 2.0 ** -torch.ones(1, 64)]
+        )
+        rows[-1, 0] = 0.25
+        expected = torch.stack(
+            [memtorch.bh.Quantize.quantize(row, quant=bits, quant_method="linear") for row in rows]
+        )
+        assert torch.equal(quantize_currents(rows.clone(), bits), expected)
+
+
+def test_variable_devices_differ(networks, splits):
+    sample = images(splits[0], 300)
+    network = MLP(1568, (8,))
+    crossbar = to_crossbar(network, sample, device_variability=0.2, fault_seed=3)
+    devices = crossbar.phi[0].layer.crossbars[0].devices.ravel()
+    r_on = np.array([device.r_on for device in devices])
+    assert abs(r_on.mean() / 1.4e4 - 1) < 0.02 and abs(r_on.std() / r_on.mean() - 0.2) < 0.02
+    matrix = crossbar.phi[0].layer.crossbars[0].conductance_matrix.ravel()
+    assert np.allclose([device.g for device in devices], matrix, rtol=1e-5)
+    again = to_crossbar(network, sample, device_variability=0.2, fault_seed=3)
+    assert torch.equal(crossbar(sample), again(sample))
+    other = to_crossbar(network, sample, device_variability=0.2, fault_seed=4)
+    assert not torch.equal(crossbar(sample), other(sample))
+
+
+def test_finite_states_are_few(splits):
+    crossbar = to_crossbar(MLP(1568, (8,)), images(splits[0], 300), conductance_states=5)
+    matrix = crossbar.phi[0].layer.crossbars[1].conductance_matrix
+    assert torch.allclose(matrix.unique(), torch.linspace(1 / 5e7, 1 / 1.4e4, 5), rtol=1e-4)
+
+
+def test_stuck_devices_are_as_many_as_asked(splits):
+    crossbar = to_crossbar(
+        MLP(1568, (8,)), images(splits[0], 300), lrs_proportion=0.1, hrs_proportion=0.2
+    )
+    matrix = crossbar.phi[0].layer.crossbars[0].conductance_matrix
+    at_low = (matrix == np.float32(1 / 1.4e4)).float().mean()
+    assert 0.095 < at_low < 0.11  # the largest weight is there too
+
+
+def test_hardening_limits_and_breaks_weights():
+    torch.manual_seed(0)
+    weight = torch.randn(200, 300)
+    stuck, limit = StuckDevices(0.2), 1.5 * weight.std()
+    damaged = stuck(weight)
+    whole = stuck.eval()(weight)
+    assert whole.abs().max() == limit and torch.equal(whole, weight.clamp(-limit, limit))
+    # Both devices of a pair are sound with probability 0.8 ** 2.
+    assert abs((damaged == whole).float().mean() - 0.64) < 0.02
+    network = MLP(20, (4,))
+    harden(network)
+    network(torch.randn(3, 20)).sum().backward()
+    assert network.phi[0].parametrizations.weight.original.grad.abs().sum() > 0
+
+
+def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
+    """A short training; README.md has the measurements of the whole one."""
+    torch.manual_seed(0)
+    network = MLP()
+    harden(network)
+    network = train(
+        network,
+        Backdoor(),
+        splits[0],
+        torch.Generator().manual_seed(0),
+        iterations=400,
+        average_last=50,
+    )
+    digital = scores(network, splits[1])["Accuracy"]
+    assert digital > 0.74
+    for proportion, cost in ((0.1, 0.01), (0.2, 0.02)):
+        crossbar = to_crossbar(network, images(splits[0], 1000), lrs_proportion=proportion)
+        assert scores(crossbar, splits[1])["Accuracy"] > digital - cost
+
+
+SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 1)
+
+
+def test_command(command, dataset_path):
+    result = command("memristor.py", "--dataset_path", dataset_path, *SHORT, "--trainer", "IRM")
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    *_, digital, summary = result.stdout.splitlines()
+    digital, summary = (ast.literal_eval(line.split(": ", 1)[1]) for line in (digital, summary))
+    assert list(digital) == list(summary) and digital["Accuracy_testmean"] > 0.1
+    assert abs(digital["AUC_testmean"] - summary["AUC_testmean"]) < 0.005
+    assert "Crossbar: 3 layers on 30 tiles, 491520 devices" in result.stdout
+    assert re.search(r"^Digital: \{", result.stdout, re.M)
+
+
+def test_sweep_draws_its_figure(command, dataset_path, tmp_path):
+    figure = tmp_path / "new" / "crossbar.png"
+    arguments = ("--dataset_path", dataset_path, "--sweep", "--figure", figure, "--iteration", 20)
+    result = command("memristor.py", *arguments, "--no_cuda", "--fault_patterns", 1)
+    assert result.returncode == 0, result.stderr
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert "Stuck at low resistance: 20 %" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--adc_resolution", 0), ("--adc_resolution", "'0'")),
+        (("--lrs_proportion", 1.5), ("--lrs_proportion",)),
+        (("--lrs_proportion", 0.6, "--hrs_proportion", 0.6), ("add up",)),
+        (("--hrs_proportion", -0.1), ("--hrs_proportion",)),
+        (("--r_on", 1e9), ("--r_on", "--r_off")),
+        (("--r_off", 0), ("--r_off",)),
+        (("--tile_shape", 0, 128), ("--tile_shape",)),
+        (("--tile_shape", 128), ("--tile_shape",)),
+        (("--max_input_voltage", 0), ("--max_input_voltage",)),
+        (("--conductance_states", 1), ("--conductance_states",)),
+        (("--device_variability", "nan"), ("--device_variability",)),
+        (("--fault_seed", -1), ("--fault_seed",)),
+        (("--fault_patterns", 0), ("--fault_patterns",)),
+        (("--sweep", "--figure", "README.md/x.png"), ("README.md",)),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(command, dataset_path, arguments, words):
+    result = command("memristor.py", "--dataset_path", dataset_path, *arguments)
+    assert_one_line(result, *words)
+
+
+def test_without_memtorch_it_says_how_to_install_it(command, dataset_path, tmp_path, monkeypatch):
+    (tmp_path / "memtorch.py").write_text("raise ImportError('hidden for this test')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = command("memristor.py", "--dataset_path", dataset_path)
+    assert_one_line(result, "MemTorch is not installed", "run.sh")
+
+
+def test_the_digital_training_is_the_other_commands(command, dataset_path):
+    arguments = ("--dataset_path", dataset_path, *SHORT)
+    digital = command("memristor.py", *arguments).stdout.splitlines()[-2]
+    summary = command("exp-mnist.py", *arguments).stdout.splitlines()[-1]
+    assert digital.removeprefix("Digital: ") == summary.removeprefix("Summary: ")
+
+
+def test_erm_on_the_crossbar_is_still_erm(splits):
+    """A control: the crossbar adds no accuracy of its own."""
+    network = train(MLP(), ERM(), splits[0], torch.Generator().manual_seed(0), iterations=100)
+    assert scores(to_crossbar(network, images(splits[0], 500)), splits[1])["Accuracy"] < 0.5
