@@ -63,7 +63,8 @@ def device_factory(r_on: float, r_off: float, variability: float, generator: np.
         if reference or not cell or not variability:
             return prototype
         of_on, of_off = next(draws)
-        device = copy.copy(prototype)
+        device = object.__new__(type(prototype))
+        device.__dict__.update(prototype.__dict__)
         device.r_on = r_on * of_on
         device.r_off = max(r_off * of_off, device.r_on)
         return device
@@ -79,7 +80,9 @@ def quick_crossbars():
     class QuickCrossbar(original):
         def update(self, from_devices: bool = True, parallelize: bool = False) -> None:
             devices = self.devices.ravel()
-            if devices[0] is devices[-1]:  # shared: the matrix alone knows the conductances
+            # Shared devices: the matrix alone knows the conductances. A matrix of zeros: not yet
+            # programmed.
+            if devices[0] is devices[-1] or not self.conductance_matrix.any():
                 return
             if from_devices:
                 super().update(from_devices=True)
