@@ -19,7 +19,7 @@ class Network(nn.Module):
     """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1."""
 
     # How long to train by default; a subclass for which another length is right has its own.
-    defaults = {"batch_size": 1024, "iteration": 400, "average_last": 100}
+    defaults = {"batch_size": 1024, "iteration": 400, "average_last": 100, "drop_rate": 0.0}
 
     def __init__(self, phi: nn.Sequential):
         super().__init__()
@@ -77,9 +77,9 @@ class CNN(Network):
         drop_rate: proportion of hidden units dropped while training, 0 to 1.
     """
 
-    defaults = {"batch_size": 256, "iteration": 400, "average_last": 200}
+    defaults = {"batch_size": 128, "iteration": 1200, "average_last": 900, "drop_rate": 0.5}
 
-    def __init__(self, channels: int = 2, drop_rate: float = 0.0, image_size: int = 28):
+    def __init__(self, channels: int = 2, drop_rate: float = 0.5, image_size: int = 28):
         if image_size != 28:
             raise UserError("the CNN takes images of 28 x 28: leave --image_size out")
         super().__init__(
@@ -230,10 +230,12 @@ class IRM(Loss):
 class Backdoor(Loss):
     """Backdoor adjustment for colour and environment (Pearl 2009, theorem 3.3.2).
 
-    P(y | do(x)) = Σ P(y | x, z, e) P(z, e), in its inverse-propensity form: within an environment
-    and a colour both labels count alike, and environments and colours count as often as they occur.
-    Rests on colour being observed and on every environment and colour showing both labels; where a
-    minibatch lacks one of the two, that environment and colour has no part in its objective.
+    P(y | do(x)) = Σ P(y | x, z, e) P(z, e), in its inverse-propensity form: within a stratum (an
+    environment and a colour) both labels count alike. As P(y | x, z, e) is the same in all strata
+    where it is the digit that makes the label, strata may be weighted at will; here by n0 n1 /
+    (n0 + n1), the inverse variance of a stratum's balanced mean (overlap weights, Li et al. 2018).
+    Rests on colour being observed and on every stratum showing both labels; one that lacks a label
+    in a minibatch has weight 0 there.
     """
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -242,5 +244,6 @@ class Backdoor(Loss):
         sizes, means = group_means(cells, count, self.losses(logits, batch))
         # (..., environment and colour, label)
         sizes, means = sizes.unflatten(-1, (-1, 2)), means.unflatten(-1, (-1, 2))
-        weights = sizes.sum(-1) * (sizes > 0).all(-1)
-        return (weights * means.mean(-1)).sum(-1) / weights.sum(-1).clamp(min=1)
+        weights = sizes.prod(-1) / sizes.sum(-1).clamp(min=1)
+        # Any populated stratum weighs 1/2 or more.
+        return (weights * means.mean(-1)).sum(-1) / weights.sum(-1).clamp(min=0.5)

@@ -475,13 +475,20 @@ def save_figure(figure, path: str | Path) -> None:
     print(f"Figure: {path}")
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that are worked out later."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows defaults in --help, and says what is wrong with an argument in one line (status 2)."""
 
     def __init__(self, description: str):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=HelpWithDefaults,
             allow_abbrev=False,
         )
 

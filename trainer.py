@@ -52,7 +52,6 @@ def training_parser(description: str) -> Parser:
     )
     add("--bias", action="store_true", help="give the layers biases (MLP)")
     add("--batchnorm", action="store_true", help="normalise hidden layers over the minibatch (MLP)")
-    add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help="dropout, 0 to 0.99")
     add("--learning_rate", type=rate, default=1e-3, help="step size of Adam")
     add("--weight_decay", type=number(float, 0), default=0.0, help="L2 coefficient of Adam")
     add(
@@ -61,17 +60,18 @@ def training_parser(description: str) -> Parser:
         default=0.1,
         help="longer gradients are shortened to this (Pascanu et al. 2013), 0: none are",
     )
-    for name, meaning in (
-        ("batch_size", "images per minibatch"),
-        ("iteration", "minibatches per training"),
-        ("average_last", "iterations whose weights are averaged (Izmailov et al. 2018), 0: none"),
+    for name, kind, meaning in (
+        ("batch_size", count, "images per minibatch"),
+        ("iteration", count, "minibatches per training"),
+        (
+            "average_last",
+            number(int, 0),
+            "iterations whose weights are averaged (Izmailov et al. 2018), 0: none",
+        ),
+        ("drop_rate", number(float, 0, 0.99), "proportion of hidden units dropped, 0 to 0.99"),
     ):
         own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in NETWORKS.items())
-        add(
-            f"--{name}",
-            type=number(int, name != "average_last"),
-            help=f"{meaning} (default: {own})",
-        )
+        add(f"--{name}", type=kind, help=f"{meaning} (default: {own})")
     add(
         "--evaluation_steps",
         type=count,

@@ -74,7 +74,10 @@ def main() -> None:
         axis.axhline(50, color="gray", linewidth=0.5)
         axis.set_title(name)
         axis.set_xlabel("iteration")
-        print(f"{name}: " + ", ".join(f"{e} {a:.1f} %" for e, a in zip(ENVIRONMENTS, curves[-1], strict=True)))
+        print(
+            f"{name}: "
+            + ", ".join(f"{e} {a:.1f} %" for e, a in zip(ENVIRONMENTS, curves[-1], strict=True))
+        )
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(loc="lower right")
     save_figure(figure, args.figure)

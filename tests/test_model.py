@@ -99,18 +99,19 @@ def test_group_dro_survives_a_huge_step():
 
 
 def test_backdoor_is_the_adjustment_formula():
-    """Σ P(z, e) P(y | x, z, e), with y balanced within (z, e) by inverse propensity."""
+    """Σ P(z, e) E[loss / P(y | z, e)] / 2: inverse propensities, strata by their overlap."""
     batch, logits = random_batch(3), torch.randn(96)
-    expected = 0
+    expected = total = 0
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
     for e in (0, 1):
         for z in (0, 1):
             stratum = (batch.envs == e) & (batch.colors == z)
-            for y in (0, 1):
-                cell = stratum & (batch.labels == y)
-                propensity = cell.sum() / stratum.sum()
-                expected += (losses[cell] / propensity).sum() / 2 / 96
-    assert torch.allclose(Backdoor()(logits, batch), expected)
+            propensity = batch.labels[stratum].mean()  # P(y = 1 | z, e)
+            weight = stratum.sum() * propensity * (1 - propensity)
+            of_label = torch.where(batch.labels[stratum] == 1, propensity, 1 - propensity)
+            expected += weight * (losses[stratum] / of_label).mean() / 2
+            total += weight
+    assert torch.allclose(Backdoor()(logits, batch), expected / total)
 
 
 @pytest.mark.parametrize("make", ALL)
