@@ -313,10 +313,17 @@ class StuckDevices(nn.Module):
 
 
 def harden(network: nn.Module, proportion: float = 0.15) -> None:
-    """Have the network trained with `proportion` of the devices stuck, others at each step."""
-    for layer in network.phi:
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            parametrize.register_parametrization(layer, "weight", StuckDevices(proportion))
+    """Have the network trained with `proportion` of the devices stuck, others at each step.
+
+    The first layer, which has nearly all devices, starts from smaller weights: what training leaves
+    of random initial weights is noise, and beside it the learned ones stand out less from the
+    limit, and so from what a stuck device does.
+    """
+    layers = [layer for layer in network.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    with torch.no_grad():
+        layers[0].weight.mul_(0.3)
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", StuckDevices(proportion))
 
 
 CROSSBAR_OPTIONS = (

@@ -26,11 +26,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--trainers", nargs="+", default=["Backdoor", "groupDRO", "IRM"])
     parser.add_argument("--patterns", type=int, default=5, help="fault patterns")
+    parser.add_argument("--trainings", nargs="+", default=["plain", "hardened"])
     known, options = parser.parse_known_args()
     stuck = "".join(f" {proportion:>8.0%}" for proportion in PROPORTIONS)
     print(f"{'trainer':10} {'training':10} {'digital':>8}{stuck} stuck")
     for trainer in known.trainers:
-        for training in ("plain", "hardened"):
+        for training in known.trainings:
             arguments = ["--trainer", trainer, "--evaluation_steps", "100000", *options]
             args = parse_arguments(memristor.crossbar_parser(), arguments)
             if training == "hardened":

@@ -216,8 +216,10 @@ def test_hardening_limits_and_breaks_weights():
     damaged = stuck(weight)
     whole = stuck.eval()(weight)
     assert whole.abs().max() == limit and torch.equal(whole, weight.clamp(-limit, limit))
-    # Both devices of a pair are sound with probability 0.8 ** 2.
-    assert abs((damaged == whole).float().mean() - 0.64) < 0.02
+    # Both devices of a pair are sound with probability 0.8 ** 2, and a stuck one changes nothing
+    # where the weight was at the limit already.
+    inside = whole.abs() < limit
+    assert abs((damaged == whole)[inside].float().mean() - 0.64) < 0.01
     network = MLP(20, (4,))
     harden(network)
     network(torch.randn(3, 20)).sum().backward()
