@@ -195,6 +195,9 @@ def is_filled(folder: Path) -> bool:
 
 
 def one_line(error: Exception) -> str:
+    """The first line of an error's message, or what it means where torch's own is no help."""
+    if "inline_container" in str(error):
+        return "torch could not write all of it; the disk may be full"
     return str(error).strip().split("\n")[0]
 
 

@@ -28,6 +28,7 @@ from preprocessing import (
     load_dataset,
     make_folder,
     number,
+    one_line,
     replacing,
 )
 from register import NETWORKS, TRAINERS, canonical_name
@@ -336,4 +337,4 @@ def save(args: argparse.Namespace, repetition: int, network: Network) -> None:
         with replacing(path) as partial:
             torch.save({"arguments": vars(args), "state_dict": network.state_dict()}, partial)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot write {path}: {one_line(error)}") from None
