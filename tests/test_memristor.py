@@ -268,7 +268,7 @@ def test_sweep_draws_its_figure(command, dataset_path, tmp_path):
     result = command("memristor.py", *arguments, "--no_cuda", "--fault_patterns", 1)
     assert result.returncode == 0, result.stderr
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert "Stuck at low resistance: 20 %" in result.stdout
+    assert "Stuck at low resistance: 20.0%" in result.stdout
 
 
 @pytest.mark.parametrize(
