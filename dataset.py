@@ -9,6 +9,7 @@ from torch import Tensor
 
 from preprocessing import MEAN, STD, Digits
 
+BLACK = -MEAN / STD  # a normalised pixel of 0
 CHUNK = 2000  # images made into floats at a time when a whole split is passed through a network
 
 
@@ -32,8 +33,6 @@ class Split:
         device: where to hold it.
         grayscale: show each digit without its colour, as 784 inputs.
         image_size: side of the images in pixels; 14 keeps every other row and column.
-        as_floats: hold normalised floats instead of bytes: four times the memory, for what is
-            passed through a network more than a few times.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Split:
         device: torch.device,
         grayscale: bool = False,
         image_size: int = 28,
-        as_floats: bool = False,
     ):
         step = 28 // image_size
         pixels = digits.pixels[:, :, ::step, ::step]
@@ -54,8 +52,6 @@ class Split:
         self.colors = digits.colors.long().to(device)
         self.envs = digits.envs.to(device)
         self.index = torch.arange(len(self.labels), device=device)
-        if as_floats:
-            self.images = normalize(self.images)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -87,14 +83,16 @@ class Split:
 
         Sharing memory is for speed: to ask the system for it takes longer than to fill it.
         """
-        rows = None
+        images = None
         for chosen in positions:
-            if rows is None or len(rows) != len(chosen):
-                rows = self.images.new_empty(len(chosen), self.inputs)
+            if images is None or len(images) != len(chosen):
+                pixels = self.images.new_empty(len(chosen), self.inputs)
+                images = pixels.float()
             index = self.index[chosen]
-            torch.index_select(self.images, 0, index, out=rows)
+            torch.index_select(self.images, 0, index, out=pixels)
+            images.copy_(pixels).mul_(1 / (255 * STD)).add_(BLACK)
             yield Batch(
-                rows if rows.is_floating_point() else normalize(rows),
+                images,
                 *(field.index_select(0, index) for field in (self.labels, self.colors, self.envs)),
             )
 
@@ -103,7 +101,7 @@ class Split:
         return self.batches(torch.arange(len(self), device=self.index.device).split(CHUNK))
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
-        """Endless minibatches of all environments together, as `batches` gives them.
+        """Endless minibatches of all environments together, as `batches` gives them, red first.
 
         Each pass through the data is without replacement and in a new order; what is left of it
         below `size` is dropped.
@@ -113,9 +111,14 @@ class Split:
         def positions() -> Iterator[Tensor]:
             while True:
                 order = torch.randperm(len(self), generator=generator).to(self.index.device)
-                yield from order[: len(self) // size * size].split(size)
+                yield from self.red_first(order[: len(self) // size * size].view(-1, size))
 
         return self.batches(positions())
+
+    def red_first(self, positions: Tensor) -> Tensor:
+        """Positions (..., N) with those of red digits first, in their order otherwise."""
+        colors = self.colors[self.index[positions]]
+        return positions.gather(-1, colors.argsort(dim=-1, descending=True, stable=True))
 
     def recolored(self, images: Tensor) -> Tensor:
         """Images (N, inputs) with each digit in the other colour."""
@@ -128,8 +131,3 @@ class Split:
         order = torch.randperm(len(self), generator=generator)
         count = max(1, round(proportion * len(self)))
         return self.part(order[count:]), self.part(order[:count])
-
-
-def normalize(pixels: Tensor) -> Tensor:
-    """Bytes → (value / 255 - mean) / std, float32."""
-    return pixels.float().mul_(1 / (255 * STD)).sub_(MEAN / STD)

@@ -17,7 +17,7 @@ from torch.optim.adam import adam
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
-from dataset import Split
+from dataset import Batch, Split
 from metric import metrics
 from model import Loss, Network
 from preprocessing import (
@@ -157,11 +157,10 @@ def repetitions(
     data = load_dataset(args.dataset_path, args.p_f, tuple(args.p_e), args.data_seed, args.seed)
     print(f"Data: {data.description}", flush=True)
 
-    def on_device(digits: Digits, as_floats: bool = False) -> Split:
-        return Split(digits, device, args.grayscale, args.image_size, as_floats)
+    def on_device(digits: Digits) -> Split:
+        return Split(digits, device, args.grayscale, args.image_size)
 
-    test = on_device(data.test)
-    all_train = on_device(data.train, as_floats=True)
+    test, all_train = on_device(data.test), on_device(data.train)
     given_validation = data.validation and on_device(data.validation)
     del data
     for repetition in range(args.repetitions):
@@ -244,7 +243,7 @@ def train(
     batches = itertools.islice(split.minibatches(batch_size, generator), iterations)
     progress = tqdm(batches, total=iterations, disable=None, leave=False)
     for iteration, batch in enumerate(progress, 1):
-        logits = network(batch.images)
+        logits = network(batch.images, batch.colors)
         objective = loss(logits, batch)
         if not math.isfinite(objective.item()):
             raise diverged(iteration, "the objective")
@@ -304,12 +303,18 @@ def diverged(iteration: int, what: str) -> UserError:
 def predict(network: nn.Module, split: Split, recolored: bool = False) -> Tensor:
     """Logits (N,) of a whole split, with its digits in the other colour if `recolored`."""
     network.eval()
-    recolor = split.recolored if recolored else lambda images: images
-    return torch.cat([network(recolor(batch.images)) for batch in split.chunks()])
+
+    def logits(batch: Batch) -> Tensor:
+        if recolored:
+            return network(split.recolored(batch.images))
+        return network(batch.images, batch.colors)
+
+    return torch.cat([logits(batch) for batch in split.chunks()])
 
 
 def evaluate(network: nn.Module, split: Split) -> dict[str, float]:
     """Accuracy, AUC and F1_macro on a whole split."""
+    split = split.part(split.red_first(torch.arange(len(split), device=split.index.device)))
     return metrics(predict(network, split), split.labels[split.index])
 
 

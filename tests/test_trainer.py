@@ -64,8 +64,6 @@ def test_images_are_normalised_as_the_assignment_says(dataset_path):
     batch = split.batch(torch.tensor([3, 8]))
     rgb = digits.pixels[[3, 8]].float()
     assert torch.allclose(batch.images, ((rgb / 255 - MEAN) / STD).flatten(1), atol=1e-6)
-    floats = Split(digits, torch.device("cpu"), as_floats=True).batch(torch.tensor([3, 8]))
-    assert all(torch.equal(a, b) for a, b in zip(batch, floats, strict=True))
     assert torch.equal(split.recolored(batch.images).view(2, 2, 784)[:, 0], batch.images[:, 784:])
     gray = Split(digits, torch.device("cpu"), grayscale=True).batch(torch.tensor([3, 8]))
     assert torch.allclose(gray.images, ((rgb.sum(1) / 255 - MEAN) / STD).flatten(1), atol=1e-6)
@@ -78,10 +76,29 @@ def test_minibatches_cover_the_data_once_a_pass(dataset_path):
     assert len(split) == 32000 and len(held_out) == 8000
     assert set(split.index.tolist()) | set(held_out.index.tolist()) == set(range(40000))
     batches = split.minibatches(3200, torch.Generator().manual_seed(0))
-    first_pass = torch.cat([next(batches).images[:, 0] for _ in range(10)])
+    first_pass = torch.cat([next(batches).images[:, 0].clone() for _ in range(10)])
     once = torch.cat([batch.images[:, 0].clone() for batch in split.chunks()])
     assert torch.equal(first_pass.sort()[0], once.sort()[0])
     assert set(next(batches).envs.tolist()) == {0, 1}
+
+
+def test_knowing_the_colors_gives_the_same_logits_and_gradients(dataset_path):
+    split = Split(load_dataset(dataset_path).train, torch.device("cpu"))
+    batch = next(split.minibatches(1024, torch.Generator().manual_seed(0)))
+    reds = int(batch.colors.sum())
+    assert 0 < reds < 1024 and batch.colors[:reds].all()
+    mixed = split.batch(torch.arange(1024))
+    results = []
+    for known in (False, True):
+        torch.manual_seed(0)
+        network = MLP(bias=True)
+        logits = network(batch.images, batch.colors if known else None)
+        ERM()(logits, batch).backward()
+        of_mixed = network(mixed.images, mixed.colors if known else None)
+        gradients = [parameter.grad for parameter in network.phi.parameters()]
+        results.append([logits.detach(), of_mixed.detach(), *gradients])
+    for plain, by_color in zip(*results, strict=True):
+        assert torch.allclose(plain, by_color, atol=1e-5)
 
 
 def test_averaging_returns_the_mean_of_the_last_weights(dataset_path):
