@@ -52,6 +52,7 @@ class Split:
         self.colors = digits.colors.long().to(device)
         self.envs = digits.envs.to(device)
         self.index = torch.arange(len(self.labels), device=device)
+        self.kept_chunks = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -65,13 +66,25 @@ class Split:
         """The samples at these positions, as a split that shares this one's memory."""
         part = copy.copy(self)
         part.index = self.index[positions.to(self.index.device)]
+        part.kept_chunks = None
         return part
+
+    def by_color(self) -> "Split":
+        """The same samples, red digits first, in their order otherwise."""
+        return self.part(self.red_first(torch.arange(len(self), device=self.index.device)))
+
+    def keep_chunks(self) -> "Split":
+        """The same split with `chunks` made once, in four times the memory."""
+        kept = copy.copy(self)
+        kept.kept_chunks = [b._replace(images=b.images.clone()) for b in self.chunks()]
+        return kept
 
     def to(self, device: torch.device) -> "Split":
         """The same split on another device."""
         moved = copy.copy(self)
         for name in ("images", "labels", "colors", "envs", "index"):
             setattr(moved, name, getattr(self, name).to(device))
+        moved.kept_chunks = None
         return moved
 
     def batch(self, positions: Tensor) -> Batch:
@@ -98,6 +111,8 @@ class Split:
 
     def chunks(self) -> Iterator[Batch]:
         """The whole split, in order, `CHUNK` samples at a time, as `batches` gives them."""
+        if self.kept_chunks is not None:
+            return iter(self.kept_chunks)
         return self.batches(torch.arange(len(self), device=self.index.device).split(CHUNK))
 
     def minibatches(self, size: int, generator: torch.Generator) -> Iterator[Batch]:

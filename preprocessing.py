@@ -4,6 +4,7 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 """
 
 import argparse
+import gc
 import io
 import math
 import os
@@ -536,6 +537,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Call a command line's `main`; a user's mistake and Ctrl-C end in one line."""
+    # The thousands of objects of torch live to the end: no need to look through them until then.
+    gc.freeze()
     try:
         main()
         sys.stdout.flush()

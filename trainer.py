@@ -160,7 +160,7 @@ def repetitions(
     def on_device(digits: Digits) -> Split:
         return Split(digits, device, args.grayscale, args.image_size)
 
-    test, all_train = on_device(data.test), on_device(data.train)
+    test, all_train = on_device(data.test).by_color(), on_device(data.train)
     given_validation = data.validation and on_device(data.validation)
     del data
     for repetition in range(args.repetitions):
@@ -169,6 +169,8 @@ def repetitions(
         train_split, validation = all_train, given_validation
         if validation is None and args.validation:
             train_split, validation = all_train.hold_out(args.validation, generator)
+        if validation is not None:
+            validation = validation.by_color().keep_chunks()
         # Initial weights and dropout are drawn by torch, which reads its global generator.
         torch.manual_seed(1000 * args.seed + repetition)
         channels = 1 if args.grayscale else 2
@@ -314,7 +316,6 @@ def predict(network: nn.Module, split: Split, recolored: bool = False) -> Tensor
 
 def evaluate(network: nn.Module, split: Split) -> dict[str, float]:
     """Accuracy, AUC and F1_macro on a whole split."""
-    split = split.part(split.red_first(torch.arange(len(split), device=split.index.device)))
     return metrics(predict(network, split), split.labels[split.index])
 
 
