@@ -292,38 +292,32 @@ class StuckDevices(nn.Module):
     A device stuck at low resistance adds or takes away the largest weight of its layer, so weights
     are limited to `LIMIT` standard deviations: the largest is then no rare outlier that makes each
     stuck device worse. The gradient passes through the damage unchanged (straight-through), so all
-    weights learn to do without any of the others.
+    weights learn to do without any of the others. Each step has a proportion of stuck devices of
+    its own, from none to `most`, so that the network is right with few of them as with many.
     """
 
-    LIMIT = 1.5
+    LIMIT = 1.0
 
-    def __init__(self, proportion: float):
+    def __init__(self, most: float):
         super().__init__()
-        self.proportion = proportion
+        self.most = most
 
     def forward(self, weight: Tensor) -> Tensor:
         limit = self.LIMIT * weight.detach().std()
         weight = weight.clamp(-limit, limit)
         if not self.training:
             return weight
-        stuck = [torch.rand_like(weight) < self.proportion for _ in range(2)]
+        proportion = self.most * torch.rand((), device=weight.device)
+        stuck = [torch.rand_like(weight) < proportion for _ in range(2)]
         positive = torch.where(stuck[0], limit, weight.clamp(min=0))
         negative = torch.where(stuck[1], limit, (-weight).clamp(min=0))
         return weight + (positive - negative - weight).detach()
 
 
-def harden(network: nn.Module, proportion: float = 0.15) -> None:
-    """Have the network trained with `proportion` of the devices stuck, others at each step.
-
-    The first layer, which has nearly all devices, starts from smaller weights: what training leaves
-    of random initial weights is noise, and beside it the learned ones stand out less from the
-    limit, and so from what a stuck device does.
-    """
-    layers = [layer for layer in network.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    with torch.no_grad():
-        layers[0].weight.mul_(0.3)
-    for layer in layers:
-        parametrize.register_parametrization(layer, "weight", StuckDevices(proportion))
+def harden(network: nn.Module, most: float = 0.3) -> None:
+    """Have the network trained with up to `most` of the devices stuck, others at each step."""
+    for layer in network.layers():
+        parametrize.register_parametrization(layer, "weight", StuckDevices(most))
 
 
 CROSSBAR_OPTIONS = (
@@ -465,9 +459,9 @@ def main() -> None:
     if args.sweep:
         make_folder(Path(args.figure).parent)
         return sweep(args, options)
+    digital_results, results = [], []
     if args.harden:
         args.iteration *= HARDENED_TRAINING
-    digital_results, results = [], []
     for repetition in repetitions(args, harden if args.harden else None):
         crossbar = to_crossbar(repetition.network, calibration_images(repetition.train), **options)
         test = repetition.test.to(torch.device("cpu"))

@@ -19,8 +19,14 @@ from register import NETWORKS, TRAINERS, register
 class Network(nn.Module):
     """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1."""
 
-    # How long to train by default; a subclass for which another length is right has its own.
-    defaults = {"batch_size": 1024, "iteration": 400, "average_last": 100, "drop_rate": 0.0}
+    # What the command line takes where the user says nothing; a trainer may have its own.
+    defaults = {
+        "batch_size": 1024,
+        "iteration": 400,
+        "average_last": 0.25,
+        "drop_rate": 0.0,
+        "init_scale": 1.0,
+    }
 
     def __init__(self, phi: nn.Sequential):
         super().__init__()
@@ -28,11 +34,23 @@ class Network(nn.Module):
         # A bare scalar, no nn.Linear: MemTorch would turn a 1 x 1 layer into a crossbar of its own.
         self.output_layer = nn.Parameter(torch.ones(()), requires_grad=False)
         # As in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010).
-        for layer in phi:
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        for layer in self.layers():
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def layers(self) -> list[nn.Module]:
+        """The layers that have weights."""
+        return [layer for layer in self.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
+
+    @torch.no_grad()
+    def scale_first_layer(self, factor: float) -> None:
+        """Multiply the first layer's weights, before training.
+
+        That layer has nearly all weights of an MLP. What training leaves of their random initial
+        values is noise, and there is less of it where they start small; IRM and groupDRO need it.
+        """
+        self.layers()[0].weight.mul_(factor)
 
     def forward(self, images: Tensor, colors: Tensor | None = None) -> Tensor:
         """Images (N, inputs) float32 → logits (N,).
@@ -127,7 +145,13 @@ class CNN(Network):
         drop_rate: proportion of hidden units dropped while training, 0 to 1.
     """
 
-    defaults = {"batch_size": 128, "iteration": 1200, "average_last": 900, "drop_rate": 0.5}
+    defaults = {
+        "batch_size": 128,
+        "iteration": 1200,
+        "average_last": 0.75,
+        "drop_rate": 0.5,
+        "init_scale": 1.0,
+    }
 
     def __init__(self, channels: int = 2, drop_rate: float = 0.5, image_size: int = 28):
         if image_size != 28:
@@ -180,6 +204,8 @@ class Loss:
     steps. An environment absent from a minibatch has no part in that minibatch's objective.
     """
 
+    # Takes precedence over the network's defaults.
+    defaults = {}
     environments = 2
     # What the objective is divided by, for the trainer to divide weight decay by as well.
     divisor = 1.0
@@ -276,20 +302,36 @@ class IRM(Loss):
 class Backdoor(Loss):
     """Backdoor adjustment for colour and environment (Pearl 2009, theorem 3.3.2).
 
-    P(y | do(x)) = Σ P(y | x, z, e) P(z, e), in its inverse-propensity form: within a stratum (an
-    environment and a colour) both labels count alike. As P(y | x, z, e) is the same in all strata
-    where it is the digit that makes the label, strata may be weighted at will; here by n0 n1 /
-    (n0 + n1), the inverse variance of a stratum's balanced mean (overlap weights, Li et al. 2018).
-    Rests on colour being observed and on every stratum showing both labels; one that lacks a label
-    in a minibatch has weight 0 there.
+    P(y | do(x)) = Σ P(y | x, z, e) P(z, e): the logit is to be that of a population in which the
+    label does not depend on the stratum (an environment and a colour). Rests on colour being
+    observed and on every stratum showing both labels.
+
+    Args:
+        adjustment: "weights" is the inverse-propensity form: within a stratum of the minibatch both
+            labels count alike, and strata by their samples; one that lacks a label has no part.
+            "offset" estimates the same logit by maximum likelihood, so that no sample counts less
+            than another: within a stratum s, the odds of y = 1 are those of Φ(x) times
+            P(y = 1 | s) / P(y = 0 | s), by Bayes' rule (prior correction, King & Zeng 2001; logit
+            adjustment, Menon et al. 2021), counted over the minibatches so far.
     """
 
+    # Small first weights and a long average, as what is left of random weights is noise.
+    defaults = {"average_last": 0.75, "init_scale": 0.3}
+
+    def __init__(self, adjustment: str = "weights"):
+        self.adjustment = adjustment
+        self.counts = 0.5  # (..., strata, label); a label not seen yet leaves the odds finite
+
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        cells = 4 * batch.envs + 2 * batch.colors + batch.labels.long()
-        count = 4 * self.environments
-        sizes, means = group_means(cells, count, self.losses(logits, batch))
-        # (..., environment and colour, label)
-        sizes, means = sizes.unflatten(-1, (-1, 2)), means.unflatten(-1, (-1, 2))
-        weights = sizes.prod(-1) / sizes.sum(-1).clamp(min=1)
-        # Any populated stratum weighs 1/2 or more.
-        return (weights * means.mean(-1)).sum(-1) / weights.sum(-1).clamp(min=0.5)
+        strata = 2 * batch.envs + batch.colors
+        cells = 2 * strata + batch.labels.long()
+        sizes, means = (
+            groups.unflatten(-1, (-1, 2))
+            for groups in group_means(cells, 4 * self.environments, self.losses(logits, batch))
+        )
+        if self.adjustment == "weights":
+            weights = sizes.sum(-1) * (sizes.amin(-1) > 0)
+            return (weights * means.mean(-1)).sum(-1) / weights.sum(-1).clamp(min=1)
+        self.counts = self.counts + sizes
+        log_odds = self.counts[..., 1].log() - self.counts[..., 0].log()
+        return self.losses(logits + log_odds.gather(-1, strata), batch).mean(-1)

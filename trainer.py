@@ -66,12 +66,15 @@ def training_parser(description: str) -> Parser:
         ("iteration", count, "minibatches per training"),
         (
             "average_last",
-            number(int, 0),
-            "iterations whose weights are averaged (Izmailov et al. 2018), 0: none",
+            number(float, 0, 1),
+            "proportion of the iterations, the last ones, whose weights are averaged "
+            "(Izmailov et al. 2018), 0 to 1",
         ),
         ("drop_rate", number(float, 0, 0.99), "proportion of hidden units dropped, 0 to 0.99"),
+        ("init_scale", rate, "factor of the first layer's initial weights"),
     ):
-        own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in NETWORKS.items())
+        having = {k: c for k, c in (NETWORKS | TRAINERS).items() if name in c.defaults}
+        own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in having.items())
         add(f"--{name}", type=kind, help=f"{meaning} (default: {own})")
     add(
         "--evaluation_steps",
@@ -96,6 +99,13 @@ def training_parser(description: str) -> Parser:
         "or plainly the square of the minibatch's",
     )
     add(
+        "--adjustment",
+        choices=("offset", "weights"),
+        default="offset",
+        help="Backdoor's estimate: by maximum likelihood with the log odds of each environment and "
+        "colour as an offset, or by inverse propensities as weights",
+    )
+    add(
         "--anneal_iterations",
         type=number(int, 0),
         default=0,
@@ -106,7 +116,7 @@ def training_parser(description: str) -> Parser:
 
 
 def parse_arguments(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse, run the plugin, look names up and fill in the network's own defaults."""
+    """Parse, run the plugin, look names up, fill in the defaults of the trainer and the network."""
     args = parser.parse_args(arguments)
     if args.plugin:
         try:
@@ -118,7 +128,8 @@ def parse_arguments(parser: Parser, arguments: list[str] | None = None) -> argpa
         args.network = canonical_name(NETWORKS, args.network)
     except ValueError as error:
         parser.error(str(error))
-    for name, value in NETWORKS[args.network].defaults.items():
+    defaults = NETWORKS[args.network].defaults | TRAINERS[args.trainer].defaults
+    for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.save_model:
@@ -177,6 +188,7 @@ def repetitions(
         network = construct(
             NETWORKS[args.network], vars(args) | {"inputs": test.inputs, "channels": channels}
         ).to(device)
+        network.scale_first_layer(args.init_scale)
         if harden is not None:
             harden(network)
         network = train(
@@ -189,7 +201,7 @@ def repetitions(
             learning_rate=args.learning_rate,
             weight_decay=args.weight_decay,
             max_gradient_norm=args.max_gradient_norm,
-            average_last=args.average_last,
+            average_last=round(args.average_last * args.iteration),
             evaluation_steps=args.evaluation_steps,
             validation=validation,
         )

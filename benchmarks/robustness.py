@@ -34,11 +34,12 @@ def main() -> None:
         for training in known.trainings:
             arguments = ["--trainer", trainer, "--evaluation_steps", "100000", *options]
             args = parse_arguments(memristor.crossbar_parser(), arguments)
+            hook = None
             if training == "hardened":
                 args.iteration *= memristor.HARDENED_TRAINING
+                hook = memristor.harden
             digital, crossbar = [], {proportion: [] for proportion in PROPORTIONS}
             with contextlib.redirect_stdout(io.StringIO()):
-                hook = memristor.harden if training == "hardened" else None
                 for repetition in repetitions(args, hook):
                     digital.append(repetition.result["Accuracy"])
                     for proportion in PROPORTIONS:

@@ -212,14 +212,14 @@ def test_stuck_devices_are_as_many_as_asked(splits):
 def test_hardening_limits_and_breaks_weights():
     torch.manual_seed(0)
     weight = torch.randn(200, 300)
-    stuck, limit = StuckDevices(0.2), 1.5 * weight.std()
-    damaged = stuck(weight)
+    stuck, limit = StuckDevices(0.2), StuckDevices.LIMIT * weight.std()
     whole = stuck.eval()(weight)
     assert whole.abs().max() == limit and torch.equal(whole, weight.clamp(-limit, limit))
-    # Both devices of a pair are sound with probability 0.8 ** 2, and a stuck one changes nothing
-    # where the weight was at the limit already.
-    inside = whole.abs() < limit
-    assert abs((damaged == whole)[inside].float().mean() - 0.64) < 0.01
+    # Both devices of a pair are sound with probability 0.8 ** 2 or more. A stuck one changes
+    # nothing where the weight was at the limit already.
+    stuck.train()
+    sound = [(stuck(weight) == whole)[whole.abs() < limit].float().mean() for _ in range(20)]
+    assert 0.63 < min(sound) < 0.75 and max(sound) > 0.85
     network = MLP(20, (4,))
     harden(network)
     network(torch.randn(3, 20)).sum().backward()
@@ -230,6 +230,7 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     """A short training; README.md has the measurements of the whole one."""
     torch.manual_seed(0)
     network = MLP()
+    network.scale_first_layer(0.3)
     harden(network)
     network = train(
         network,

@@ -10,7 +10,7 @@ from dataset import Batch
 from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO
 from register import TRAINERS, canonical_name, register
 
-ALL = (ERM, GroupDRO, IRM, lambda: IRM(penalty="unbiased"), Backdoor)
+ALL = (ERM, GroupDRO, IRM, lambda: IRM(penalty="unbiased"), Backdoor, lambda: Backdoor("offset"))
 
 
 def random_batch(seed, size=96, environments=2):
@@ -99,19 +99,40 @@ def test_group_dro_survives_a_huge_step():
 
 
 def test_backdoor_is_the_adjustment_formula():
-    """Σ P(z, e) E[loss / P(y | z, e)] / 2: inverse propensities, strata by their overlap."""
+    """Σ P(z, e) E[loss / P(y | z, e)] / 2: inverse propensities."""
     batch, logits = random_batch(3), torch.randn(96)
-    expected = total = 0
+    expected = 0
     losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
     for e in (0, 1):
         for z in (0, 1):
             stratum = (batch.envs == e) & (batch.colors == z)
             propensity = batch.labels[stratum].mean()  # P(y = 1 | z, e)
-            weight = stratum.sum() * propensity * (1 - propensity)
             of_label = torch.where(batch.labels[stratum] == 1, propensity, 1 - propensity)
-            expected += weight * (losses[stratum] / of_label).mean() / 2
-            total += weight
-    assert torch.allclose(Backdoor()(logits, batch), expected / total)
+            expected += stratum.float().mean() * (losses[stratum] / of_label).mean() / 2
+    assert torch.allclose(Backdoor()(logits, batch), expected)
+
+
+def test_backdoor_by_offset_finds_the_logit_without_confounding():
+    """P(y = 1 | digit) is 0.2 and 0.8, log odds ±1.386, whatever the colour does with the label."""
+    generator = torch.Generator().manual_seed(0)
+    digit = torch.randint(0, 2, (200000,), generator=generator)
+    flipped = torch.rand(len(digit), generator=generator) < 0.2
+    labels = torch.where(flipped, 1 - digit, digit)
+    mistaken = torch.rand(len(digit), generator=generator) < 0.1
+    colors = torch.where(mistaken, 1 - labels, labels)
+    batch = Batch(digit, labels.float(), colors, torch.zeros_like(digit))
+    for adjustment in ("weights", "offset"):
+        logit = torch.zeros(2, requires_grad=True)
+        optimizer = torch.optim.LBFGS([logit], max_iter=50, line_search_fn="strong_wolfe")
+
+        def objective(logit=logit, optimizer=optimizer, adjustment=adjustment):
+            optimizer.zero_grad()
+            value = Backdoor(adjustment)(logit[digit], batch)
+            value.backward()
+            return value
+
+        optimizer.step(objective)
+        assert torch.allclose(logit, torch.tensor([-1.386, 1.386]), atol=0.05)
 
 
 @pytest.mark.parametrize("make", ALL)
