@@ -19,7 +19,7 @@ from dataset import Split  # noqa: E402
 from model import MLP  # noqa: E402
 from preprocessing import ENVIRONMENTS, load_dataset, run, save_figure  # noqa: E402
 from register import TRAINERS  # noqa: E402
-from trainer import evaluate, train  # noqa: E402
+from trainer import construct, evaluate, parse_arguments, train, training_parser  # noqa: E402
 
 
 class Watched:
@@ -50,6 +50,7 @@ def main() -> None:
     kept, held_out = everything.hold_out(0.2, torch.Generator().manual_seed(1000 * args.seed))
     environments = everything.envs[held_out.index]
     splits = [held_out.part((environments == e).nonzero()[:, 0]) for e in (0, 1)] + [test]
+    splits = [split.by_color() for split in splits]
 
     from matplotlib.figure import Figure
 
@@ -58,13 +59,15 @@ def main() -> None:
     for axis, name in zip(axes, TRAINERS, strict=True):
         curves = []
         torch.manual_seed(1000 * args.seed)
+        options = parse_arguments(training_parser(""), ["--trainer", name])
         network = MLP()
+        network.scale_first_layer(options.init_scale)
 
         def note(network=network, curves=curves):
             curves.append([100 * evaluate(network, split)["Accuracy"] for split in splits])
             network.train()
 
-        loss = Watched(TRAINERS[name](), args.every, note)
+        loss = Watched(construct(TRAINERS[name], vars(options)), args.every, note)
         generator = torch.Generator().manual_seed(1000 * args.seed)
         train(network, loss, kept, generator, max_gradient_norm=0.1, evaluation_steps=10**9)
         iterations = [args.every * step for step in range(len(curves))]
