@@ -146,14 +146,14 @@ class CNN(Network):
     """
 
     defaults = {
-        "batch_size": 128,
-        "iteration": 1200,
+        "batch_size": 384,
+        "iteration": 700,
         "average_last": 0.75,
-        "drop_rate": 0.5,
+        "drop_rate": 0.3,
         "init_scale": 1.0,
     }
 
-    def __init__(self, channels: int = 2, drop_rate: float = 0.5, image_size: int = 28):
+    def __init__(self, channels: int = 2, drop_rate: float = 0.3, image_size: int = 28):
         if image_size != 28:
             raise UserError("the CNN takes images of 28 x 28: leave --image_size out")
         super().__init__(
