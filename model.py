@@ -48,7 +48,8 @@ class Network(nn.Module):
         """Multiply the first layer's weights, before training.
 
         That layer has nearly all weights of an MLP. What training leaves of their random initial
-        values is noise, and there is less of it where they start small. IRM and groupDRO fail for some seeds then.
+        values is noise, and there is less of it where they start small. From small weights, IRM and
+        groupDRO fail for some seeds.
         """
         self.layers()[0].weight.mul_(factor)
 
