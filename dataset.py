@@ -16,7 +16,7 @@ CHUNK = 2000  # images made into floats at a time when a whole split is passed t
 class Batch(NamedTuple):
     """Samples as networks and losses take them; R stacked repetitions make each field (R, N, …)."""
 
-    images: Tensor  # (N, inputs) float32, normalised
+    images: Tensor  # (N, inputs) float32, normalised unless asked for raw
     labels: Tensor  # (N,) float32, y: 0 or 1
     colors: Tensor  # (N,) int64, z: 1 red, 0 green
     envs: Tensor  # (N,) int64, e: 0 train1, 1 train2, 2 test
@@ -33,6 +33,7 @@ class Split:
         device: where to hold it.
         grayscale: show each digit without its colour, as 784 inputs.
         image_size: side of the images in pixels; 14 keeps every other row and column.
+        raw_pixels: give values / 255 out as they are, not normalised.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class Split:
         device: torch.device,
         grayscale: bool = False,
         image_size: int = 28,
+        raw_pixels: bool = False,
     ):
         step = 28 // image_size
         pixels = digits.pixels[:, :, ::step, ::step]
         if grayscale:
             pixels = pixels.sum(1, dtype=torch.uint8)
         self.grayscale = grayscale
+        self.mean, self.std = (0.0, 1.0) if raw_pixels else (MEAN, STD)
         self.images = pixels.flatten(1).to(device)
         self.labels = digits.labels.float().to(device)
         self.colors = digits.colors.long().to(device)
@@ -103,7 +106,7 @@ class Split:
                 images = pixels.float()
             index = self.index[chosen]
             torch.index_select(self.images, 0, index, out=pixels)
-            images.copy_(pixels).mul_(1 / (255 * STD)).add_(BLACK)
+            images.copy_(pixels).mul_(1 / (255 * self.std)).add_(-self.mean / self.std)
             yield Batch(
                 images,
                 *(field.index_select(0, index) for field in (self.labels, self.colors, self.envs)),

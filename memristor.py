@@ -7,8 +7,10 @@ Conductances are in siemens, resistances in ohms, voltages in volts, currents in
 
 import argparse
 import copy
+import functools
 import itertools
 import statistics
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+from dataset import Batch, Split
+from model import Loss, Network
 from preprocessing import UserError, make_folder, number, run, save_figure
 from trainer import (
     Repetition,
@@ -27,6 +31,7 @@ from trainer import (
     parse_arguments,
     repetitions,
     summarize,
+    train,
     training_parser,
 )
 
@@ -41,8 +46,8 @@ except ImportError:
 TIME_SERIES_RESOLUTION = 1e-10  # seconds, of the VTEAM devices
 # The inputs of a layer may exceed those of the calibration by this factor before they are cut off.
 HEADROOM = 1.25
-# How many times as long a hardened network is trained.
-HARDENED_TRAINING = 3
+# How many times as long as the training before it hardening takes.
+HARDENING = 3
 NOT_INSTALLED = "MemTorch is not installed: run ./run.sh, or see 'The crossbar' in README.md"
 
 
@@ -291,33 +296,76 @@ class StuckDevices(nn.Module):
 
     A device stuck at low resistance adds or takes away the largest weight of its layer, so weights
     are limited to `LIMIT` standard deviations: the largest is then no rare outlier that makes each
-    stuck device worse. The gradient passes through the damage unchanged (straight-through), so all
-    weights learn to do without any of the others. Each step has a proportion of stuck devices of
-    its own, from none to `most`, so that the network is right with few of them as with many.
+    stuck device worse. The gradient passes through limit and damage unchanged (straight-through),
+    so all weights learn to do without any of the others. Each step has a proportion of stuck
+    devices of its own, from none to `most`, so that the network is right with few of them as with
+    many.
     """
 
-    LIMIT = 1.0
+    LIMIT = 0.7
 
     def __init__(self, most: float):
         super().__init__()
         self.most = most
 
     def forward(self, weight: Tensor) -> Tensor:
-        limit = self.LIMIT * weight.detach().std()
-        weight = weight.clamp(-limit, limit)
-        if not self.training:
-            return weight
-        proportion = self.most * torch.rand((), device=weight.device)
-        stuck = [torch.rand_like(weight) < proportion for _ in range(2)]
-        positive = torch.where(stuck[0], limit, weight.clamp(min=0))
-        negative = torch.where(stuck[1], limit, (-weight).clamp(min=0))
-        return weight + (positive - negative - weight).detach()
+        values = weight.detach()
+        limit = self.LIMIT * values.std().item()
+        positive, negative = values.clamp(0, limit), (-values).clamp(0, limit)
+        if self.training:
+            proportion = self.most * torch.rand((), device=weight.device)
+            for devices in (positive, negative):
+                devices[torch.rand_like(devices) < proportion] = limit
+        return weight + (positive - negative - values)
 
 
-def harden(network: nn.Module, most: float = 0.3) -> None:
-    """Have the network trained with up to `most` of the devices stuck, others at each step."""
-    for layer in network.layers():
+class Imitation(Loss):
+    """Cross entropy against the predictions of a trained network (Hinton et al. 2015).
+
+    They have no label noise to memorise, and invariance to colour, or what there is of it, need not
+    be found again under damage, where an objective such as IRM's has too much variance.
+    """
+
+    def __init__(self, teacher: Network):
+        self.teacher = teacher
+
+    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            predictions = self.teacher(batch.images, batch.colors) > 0
+        return self.losses(logits, batch._replace(labels=predictions.float())).mean(-1)
+
+
+def harden(
+    network: Network,
+    split: Split,
+    generator: torch.Generator,
+    iterations: int = 1200,
+    most: float = 0.3,
+    **settings,
+) -> Network:
+    """A copy of a trained network that decides as it does whether or not devices are stuck.
+
+    Args:
+        network: what to imitate; unchanged.
+        split: images to imitate it on.
+        generator: orders them.
+        iterations: of this second training; weights are averaged over the last quarter.
+        most: up to this proportion of the devices is stuck in training, 0 to 1, others each step.
+        settings: further arguments of `train`.
+    """
+    print(f"Hardening: {iterations} iterations")
+    hardened = copy.deepcopy(network)
+    for layer in hardened.layers():
         parametrize.register_parametrization(layer, "weight", StuckDevices(most))
+    return train(
+        hardened,
+        Imitation(network),
+        split,
+        generator,
+        iterations=iterations,
+        average_last=iterations // 4,
+        **settings,
+    )
 
 
 CROSSBAR_OPTIONS = (
@@ -332,6 +380,11 @@ CROSSBAR_OPTIONS = (
     "device_variability",
     "fault_seed",
 )
+
+
+def hardening(args: argparse.Namespace) -> Callable[..., Network]:
+    """`harden`, for as long as the arguments imply."""
+    return functools.partial(harden, iterations=HARDENING * args.iteration)
 
 
 def crossbar_parser():
@@ -356,7 +409,7 @@ def crossbar_parser():
     add(
         "--harden",
         action="store_true",
-        help=f"train for stuck devices, {HARDENED_TRAINING} times as long",
+        help=f"train on for stuck devices, {HARDENING} times as long",
     )
     add("--sweep", action="store_true", help="draw accuracy over stuck devices and ADC resolution")
     add("--fault_patterns", type=side, default=5, help="of --sweep, for each proportion")
@@ -377,9 +430,9 @@ def describe(crossbar: nn.Module) -> str:
     return f"{len(columns) // 2} layers on {tiles} tiles, {devices} devices"
 
 
-def calibration_images(train) -> Tensor:
+def calibration_images(split: Split) -> Tensor:
     """Training images to calibrate a crossbar with."""
-    return train.batch(torch.arange(min(2000, len(train)), device=train.index.device)).images
+    return split.batch(torch.arange(min(2000, len(split)), device=split.index.device)).images
 
 
 def crossbar_accuracy(repetition: Repetition, options: dict) -> float:
@@ -395,8 +448,7 @@ def sweep(args: argparse.Namespace, options: dict) -> None:
     """
     args.repetitions = 1
     (plain,) = repetitions(args)
-    args.iteration *= HARDENED_TRAINING
-    (hardened,) = repetitions(args, harden)
+    (hardened,) = repetitions(args, hardening(args))
     networks = {"plain": plain, "hardened": hardened}
     proportions, resolutions = (0, 0.025, 0.05, 0.1, 0.15, 0.2), range(2, 11)
     patterns = range(args.fault_seed, args.fault_seed + args.fault_patterns)
@@ -460,9 +512,7 @@ def main() -> None:
         make_folder(Path(args.figure).parent)
         return sweep(args, options)
     digital_results, results = [], []
-    if args.harden:
-        args.iteration *= HARDENED_TRAINING
-    for repetition in repetitions(args, harden if args.harden else None):
+    for repetition in repetitions(args, hardening(args) if args.harden else None):
         crossbar = to_crossbar(repetition.network, calibration_images(repetition.train), **options)
         test = repetition.test.to(torch.device("cpu"))
         result = evaluate(crossbar, test)

@@ -70,10 +70,10 @@ class ColoredLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, weight: Tensor, reds: int) -> Tensor:
+    def forward(ctx, images: Tensor, weight: Tensor, reds: int, black: float) -> Tensor:
         ctx.save_for_backward(images)
-        ctx.reds, half = reds, weight.shape[1] // 2
-        from_red, from_green = (BLACK * weight.unflatten(1, (2, half)).sum(-1)).unbind(1)
+        ctx.reds, ctx.black, half = reds, black, weight.shape[1] // 2
+        from_red, from_green = (black * weight.unflatten(1, (2, half)).sum(-1)).unbind(1)
         outputs = images.new_empty(len(images), len(weight))
         torch.addmm(from_green, images[:reds, :half], weight[:, :half].T, out=outputs[:reds])
         torch.addmm(from_red, images[reds:, half:], weight[:, half:].T, out=outputs[reds:])
@@ -81,15 +81,15 @@ class ColoredLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None, None]:
         (images,) = ctx.saved_tensors
         reds, half = ctx.reds, images.shape[1] // 2
         red, green = gradient[:reds].T, gradient[reds:].T
-        sums = [BLACK * part.sum(1, keepdim=True) for part in (red, green)]
+        sums = [ctx.black * part.sum(1, keepdim=True) for part in (red, green)]
         of_weight = images.new_empty(len(red), 2 * half)
         torch.addmm(sums[1], red, images[:reds, :half], out=of_weight[:, :half])
         torch.addmm(sums[0], green, images[reds:, half:], out=of_weight[:, half:])
-        return None, of_weight, None
+        return None, of_weight, None, None
 
 
 @register(NETWORKS, "MLP")
@@ -104,6 +104,7 @@ class MLP(Network):
         bias: whether the layers have biases.
         drop_rate: proportion of hidden units dropped while training, 0 to 1.
         batchnorm: whether hidden layers are normalised over the minibatch.
+        raw_pixels: whether a black pixel is 0, not the normalised value of 0.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class MLP(Network):
         drop_rate: float = 0.0,
         batchnorm: bool = False,
         channels: int = 2,
+        raw_pixels: bool = False,
     ):
         layers = []
         for width in hidden_dim:
@@ -123,14 +125,14 @@ class MLP(Network):
             layers += [nn.Dropout(drop_rate)] if drop_rate else []
             inputs = width
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
-        self.channels = channels
+        self.channels, self.black = channels, 0.0 if raw_pixels else BLACK
 
     def forward(self, images: Tensor, colors: Tensor | None = None) -> Tensor:
         # A first layer of another kind, on a crossbar, computes in a way of its own.
         if self.channels == 2 and type(self.phi[0]).forward is nn.Linear.forward:
             reds = 0 if colors is None else int(colors.sum())
             if colors is not None and colors[:reds].all():
-                hidden = ColoredLinear.apply(images, self.phi[0].weight, reds)
+                hidden = ColoredLinear.apply(images, self.phi[0].weight, reds, self.black)
                 if self.phi[0].bias is not None:
                     hidden = hidden + self.phi[0].bias
                 return self.output_layer * self.phi[1:](hidden).squeeze(-1)

@@ -48,6 +48,7 @@ def training_parser(description: str) -> Parser:
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--grayscale", action="store_true", help="hide the colours: the oracle")
     add("--image_size", type=int, choices=(28, 14), default=28, help="pixels per side")
+    add("--raw_pixels", action="store_true", help="images as value / 255, not normalised")
     add(
         "--hidden_dim", type=count, nargs="+", default=(64, 16), help="units per hidden layer (MLP)"
     )
@@ -154,13 +155,14 @@ class Repetition(NamedTuple):
 
 
 def repetitions(
-    args: argparse.Namespace, harden: Callable[[Network], None] | None = None
+    args: argparse.Namespace, harden: Callable[..., Network] | None = None
 ) -> Iterator[Repetition]:
     """Train and test as the arguments say, once per repetition, writing the log on the way.
 
     Args:
         args: from `parse_arguments`.
-        harden: applied to each network before its training.
+        harden: called with each trained network, its training split, a generator and the settings
+            that `train` was called with; returns the network to test instead.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
@@ -169,7 +171,7 @@ def repetitions(
     print(f"Data: {data.description}", flush=True)
 
     def on_device(digits: Digits) -> Split:
-        return Split(digits, device, args.grayscale, args.image_size)
+        return Split(digits, device, args.grayscale, args.image_size, args.raw_pixels)
 
     test, all_train = on_device(data.test).by_color(), on_device(data.train)
     given_validation = data.validation and on_device(data.validation)
@@ -189,22 +191,25 @@ def repetitions(
             NETWORKS[args.network], vars(args) | {"inputs": test.inputs, "channels": channels}
         ).to(device)
         network.scale_first_layer(args.init_scale)
-        if harden is not None:
-            harden(network)
+        settings = {
+            "batch_size": args.batch_size,
+            "learning_rate": args.learning_rate,
+            "weight_decay": args.weight_decay,
+            "max_gradient_norm": args.max_gradient_norm,
+            "evaluation_steps": args.evaluation_steps,
+            "validation": validation,
+        }
         network = train(
             network,
             construct(TRAINERS[args.trainer], vars(args)),
             train_split,
             generator,
             iterations=args.iteration,
-            batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
-            weight_decay=args.weight_decay,
-            max_gradient_norm=args.max_gradient_norm,
             average_last=round(args.average_last * args.iteration),
-            evaluation_steps=args.evaluation_steps,
-            validation=validation,
+            **settings,
         )
+        if harden is not None:
+            network = harden(network, train_split, generator, **settings)
         result, flips = evaluate(network, test), flip_rate(network, test)
         if args.save_model:
             save(args, repetition, network)

@@ -34,10 +34,7 @@ def main() -> None:
         for training in known.trainings:
             arguments = ["--trainer", trainer, "--evaluation_steps", "100000", *options]
             args = parse_arguments(memristor.crossbar_parser(), arguments)
-            hook = None
-            if training == "hardened":
-                args.iteration *= memristor.HARDENED_TRAINING
-                hook = memristor.harden
+            hook = memristor.hardening(args) if training == "hardened" else None
             digital, crossbar = [], {proportion: [] for proportion in PROPORTIONS}
             with contextlib.redirect_stdout(io.StringIO()):
                 for repetition in repetitions(args, hook):

@@ -67,6 +67,8 @@ def test_images_are_normalised_as_the_assignment_says(dataset_path):
     assert torch.equal(split.recolored(batch.images).view(2, 2, 784)[:, 0], batch.images[:, 784:])
     gray = Split(digits, torch.device("cpu"), grayscale=True).batch(torch.tensor([3, 8]))
     assert torch.allclose(gray.images, ((rgb.sum(1) / 255 - MEAN) / STD).flatten(1), atol=1e-6)
+    raw = Split(digits, torch.device("cpu"), raw_pixels=True).batch(torch.tensor([3, 8]))
+    assert torch.allclose(raw.images, (rgb / 255).flatten(1), atol=1e-6)
 
 
 def test_minibatches_cover_the_data_once_a_pass(dataset_path):
@@ -82,8 +84,9 @@ def test_minibatches_cover_the_data_once_a_pass(dataset_path):
     assert set(next(batches).envs.tolist()) == {0, 1}
 
 
-def test_knowing_the_colors_gives_the_same_logits_and_gradients(dataset_path):
-    split = Split(load_dataset(dataset_path).train, torch.device("cpu"))
+@pytest.mark.parametrize("raw", [False, True])
+def test_knowing_the_colors_gives_the_same_logits_and_gradients(dataset_path, raw):
+    split = Split(load_dataset(dataset_path).train, torch.device("cpu"), raw_pixels=raw)
     batch = next(split.minibatches(1024, torch.Generator().manual_seed(0)))
     reds = int(batch.colors.sum())
     assert 0 < reds < 1024 and batch.colors[:reds].all()
@@ -91,7 +94,7 @@ def test_knowing_the_colors_gives_the_same_logits_and_gradients(dataset_path):
     results = []
     for known in (False, True):
         torch.manual_seed(0)
-        network = MLP(bias=True)
+        network = MLP(bias=True, raw_pixels=raw)
         logits = network(batch.images, batch.colors if known else None)
         ERM()(logits, batch).backward()
         of_mixed = network(mixed.images, mixed.colors if known else None)
@@ -167,7 +170,7 @@ def test_accuracy_with_default_hyperparameters(command, dataset_path, arguments,
     [
         ("--bias", "--batchnorm", "--drop_rate", 0.2, "--hidden_dim", 32, 16, 8),
         ("--network", "cnn", "--batch_size", 64),
-        ("--grayscale", "--image_size", 14, "--validation", 0, "--average_last", 0),
+        ("--grayscale", "--raw_pixels", "--image_size", 14, "--validation", 0, "--average_last", 0),
         ("--penalty", "plain", "--anneal_iterations", 2, "--weight_decay", 0.001),
     ],
 )
