@@ -302,7 +302,7 @@ class StuckDevices(nn.Module):
     many.
     """
 
-    LIMIT = 0.7
+    LIMIT = 0.8
 
     def __init__(self, most: float):
         super().__init__()
