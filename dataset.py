@@ -144,6 +144,16 @@ class Split:
             return images
         return images.view(len(images), 2, -1).flip(1).flatten(1)
 
+    def in_both_colors(self) -> "Split":
+        """The same digits twice, also in the other colour; with the labels that they had."""
+        twice = copy.copy(self)
+        twice.images = torch.cat([self.images, self.recolored(self.images)])
+        twice.colors = torch.cat([self.colors, 1 - self.colors])
+        twice.labels, twice.envs = self.labels.repeat(2), self.envs.repeat(2)
+        twice.index = torch.cat([self.index, self.index + len(self.labels)])
+        twice.kept_chunks = None
+        return twice
+
     def hold_out(self, proportion: float, generator: torch.Generator) -> tuple["Split", "Split"]:
         """Split at random: for training, and of the given proportion for validation."""
         order = torch.randperm(len(self), generator=generator)

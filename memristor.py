@@ -302,7 +302,7 @@ class StuckDevices(nn.Module):
     many.
     """
 
-    LIMIT = 0.8
+    LIMIT = 0.7
 
     def __init__(self, most: float):
         super().__init__()
@@ -347,7 +347,7 @@ def harden(
 
     Args:
         network: what to imitate; unchanged.
-        split: images to imitate it on.
+        split: images to imitate it on, in both colours: what counts is what it says of them.
         generator: orders them.
         iterations: of this second training; weights are averaged over the last quarter.
         most: up to this proportion of the devices is stuck in training, 0 to 1, others each step.
@@ -360,7 +360,7 @@ def harden(
     return train(
         hardened,
         Imitation(network),
-        split,
+        split.in_both_colors(),
         generator,
         iterations=iterations,
         average_last=iterations // 4,

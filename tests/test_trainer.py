@@ -71,6 +71,17 @@ def test_images_are_normalised_as_the_assignment_says(dataset_path):
     assert torch.allclose(raw.images, (rgb / 255).flatten(1), atol=1e-6)
 
 
+def test_in_both_colors_each_digit_comes_twice(dataset_path):
+    split = Split(load_dataset(dataset_path).train, torch.device("cpu")).part(torch.arange(5, 105))
+    twice = split.in_both_colors()
+    once, again = (twice.batch(torch.arange(start, start + 100)) for start in (0, 100))
+    assert len(twice) == 200 and torch.equal(once.colors, 1 - again.colors)
+    assert torch.equal(once.labels, again.labels) and torch.equal(once.envs, again.envs)
+    expected = split.batch(torch.arange(100)).images
+    assert torch.equal(once.images, expected)
+    assert torch.equal(again.images, split.recolored(expected))
+
+
 def test_minibatches_cover_the_data_once_a_pass(dataset_path):
     everything = Split(load_dataset(dataset_path).train, torch.device("cpu"))
     everything.images[:, 0] = torch.arange(40000) % 251  # tells samples apart, nearly
