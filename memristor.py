@@ -327,7 +327,7 @@ class Imitation(Loss):
     """
 
     def __init__(self, teacher: Network):
-        self.teacher = teacher
+        self.teacher = teacher.eval()
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
