@@ -356,7 +356,9 @@ def harden(
     print(f"Hardening: {iterations} iterations")
     hardened = copy.deepcopy(network)
     for layer in hardened.layers():
-        parametrize.register_parametrization(layer, "weight", StuckDevices(most))
+        # A single weight is its layer's largest anyway, and has no standard deviation.
+        if layer.weight.numel() > 1:
+            parametrize.register_parametrization(layer, "weight", StuckDevices(most))
     return train(
         hardened,
         Imitation(network),

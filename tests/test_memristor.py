@@ -246,12 +246,12 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     torch.manual_seed(0)
     network = MLP()
     network.scale_first_layer(0.3)
-    generator, settings = torch.Generator().manual_seed(0), {"max_gradient_norm": 0.1}
+    generator = torch.Generator().manual_seed(0)
     network = train(
         network, Backdoor("offset"), splits[0], generator, iterations=300, average_last=200
     )
     weights = copy.deepcopy(network.state_dict())
-    hardened = harden(network, splits[0], generator, 600, **settings)
+    hardened = harden(network, splits[0], generator, 600, max_gradient_norm=0.1)
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
     plain, digital = (scores(each, splits[1])["Accuracy"] for each in (network, hardened))
     assert plain > 0.75 and digital > plain - 0.015
@@ -259,6 +259,11 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     for proportion, cost in ((0.1, 0.015), (0.2, 0.025)):
         crossbar = to_crossbar(hardened, images(splits[0], 1000), lrs_proportion=proportion)
         assert scores(crossbar, splits[1])["Accuracy"] > digital - cost
+
+
+def test_a_layer_of_a_single_weight_can_be_hardened(splits):
+    hardened = harden(MLP(hidden_dim=(4, 1)), splits[0], torch.Generator().manual_seed(0), 2)
+    assert all(parameter.isfinite().all() for parameter in hardened.parameters())
 
 
 SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 1)
