@@ -14,7 +14,7 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +27,7 @@ from torch import Tensor
 ENVIRONMENTS = ("train1", "train2", "test")
 P_F = 0.2
 P_E = (0.1, 0.4, 0.9)
+SIZES = (20000, 20000, 20000)
 # Of the value / 255, in the red and the green channel; blue is 0 throughout.
 MEAN, STD = 0.1307, 0.3081
 BUNDLED_MNIST = Path(__file__).parent / "data" / "mnist.npz"
@@ -39,7 +40,7 @@ class UserError(Exception):
 class Digits(NamedTuple):
     """Coloured digits as they are stored, and the environment that each belongs to."""
 
-    pixels: Tensor  # (N, 2, 28, 28) uint8: the red and the green channel
+    pixels: Tensor  # (N, 28, 28) uint8, grey levels, shown in the channel of the colour
     labels: Tensor  # (N,) uint8, y
     colors: Tensor  # (N,) uint8, z: 1 red, 0 green
     envs: Tensor  # (N,) int64: 0 train1, 1 train2, 2 test
@@ -152,20 +153,27 @@ def color_digits(
 
 
 def color_mnist(
-    images: Tensor, digits: Tensor, p_f: float, p_e: tuple[float, ...], seed: int
+    images: Tensor,
+    digits: Tensor,
+    p_f: float,
+    p_e: Sequence[float],
+    seed: int,
+    sizes: Sequence[int] = SIZES,
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Name and contents of each environment: a third of MNIST in its order, by `color_digits`."""
+    """Name and contents of each environment: a part of MNIST, in its order, by `color_digits`."""
     generator = torch.Generator().manual_seed(seed)
-    thirds = zip(ENVIRONMENTS, images.chunk(3), digits.chunk(3), p_e, strict=True)
-    for name, third, which, flip in thirds:
-        yield name, color_digits(third, which, p_f, flip, generator)
+    used = sum(sizes)
+    parts = zip(images[:used].split(list(sizes)), digits[:used].split(list(sizes)), strict=True)
+    for name, part, flip in zip(ENVIRONMENTS, parts, p_e, strict=True):
+        yield name, color_digits(*part, p_f, flip, generator)
 
 
 def make_dataset(
     dataset_path: Path,
     p_f: float = P_F,
-    p_e: tuple[float, ...] = P_E,
+    p_e: Sequence[float] = P_E,
     seed: int = 1234,
+    sizes: Sequence[int] = SIZES,
 ) -> Path:
     """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; return the folder.
 
@@ -181,7 +189,7 @@ def make_dataset(
             # Another run may have made it while this one waited for the lock.
             if not is_filled(folder):
                 partial.mkdir()
-                for name, record in color_mnist(images, digits, p_f, p_e, seed):
+                for name, record in color_mnist(images, digits, p_f, p_e, seed, sizes):
                     drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed}
                     torch.save(record | drawn, partial / f"{name}.pt")
                 if folder.exists():
@@ -268,18 +276,19 @@ def refusal(path: Path, reason: str) -> UserError:
 
 
 def checked_digits(
-    path: Path, pixels: Tensor, labels: Tensor, colors: Tensor, envs: Tensor
+    path: Path, images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor
 ) -> Digits:
-    """The arguments as Digits; UserError if their shapes, types or values are not those."""
+    """Images (N, channels, 28, 28) as Digits; UserError for other shapes, types or values."""
     count = len(labels) if isinstance(labels, Tensor) and labels.dim() == 1 else 0
     for name, values in (("labels", labels), ("colours", colors), ("environments", envs)):
         if not isinstance(values, Tensor) or values.shape != (count,):
             raise refusal(path, f"{name} are not a tensor of one number per image")
         if not ((values == 0) | (values == 1) | ((values == 2) & (name == "environments"))).all():
             raise refusal(path, f"{name} are not all 0 or 1")
-    if count < 2 or pixels.shape != (count, 2, 28, 28):
+    if count < 2 or len(images) != count:
         raise refusal(path, "it needs two images or more, and a label for each")
-    if pixels[torch.arange(count), colors.long()].any():
+    pixels = images[torch.arange(count), 1 - colors.long()]
+    if images.count_nonzero() > pixels.count_nonzero():
         raise refusal(path, "a digit is not in its colour's channel alone")
     return Digits(pixels, labels.to(torch.uint8), colors.to(torch.uint8), envs.long())
 
@@ -303,10 +312,9 @@ def read_environment(path: Path, env: int) -> tuple[Digits, dict]:
         )
     if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.dim() != 4:
         raise refusal(path, "its images are not uint8")
-    if images.shape[1:] != (3, 28, 28) or images[:, 2].any():
-        raise refusal(path, "its images are not red and green digits of 28 x 28")
-    envs = torch.full((len(images),), env)
-    return checked_digits(path, images[:, :2].contiguous(), labels, colors, envs), drawn
+    if images.shape[1:] != (3, 28, 28):
+        raise refusal(path, "its images are not RGB of 28 x 28")
+    return checked_digits(path, images, labels, colors, torch.full((len(images),), env)), drawn
 
 
 def is_colored_tuple(entry: object) -> bool:
@@ -352,9 +360,10 @@ def concatenate(parts: list[Digits]) -> Digits:
 def load_dataset(
     dataset_path: str | Path,
     p_f: float = P_F,
-    p_e: tuple[float, ...] = P_E,
+    p_e: Sequence[float] = P_E,
     seed: int | None = None,
     default_seed: int = 1234,
+    sizes: Sequence[int] | None = None,
 ) -> Dataset:
     """The data in `dataset_path`/ColoredMNIST, drawn first if there is none.
 
@@ -362,10 +371,14 @@ def load_dataset(
         dataset_path: folder that holds, or is to hold, the folder ColoredMNIST.
         p_f, p_e: probabilities as in `color_digits`, one p_e for each of train1, train2 and test.
         seed: what it is drawn with; None takes data drawn with any, and draws with `default_seed`.
+        sizes: digits of train1, train2 and test; None takes any, and draws 20000 each.
 
     Raises UserError if the files are damaged, of no known form, or drawn otherwise than asked.
     """
-    folder = make_dataset(Path(dataset_path), p_f, p_e, default_seed if seed is None else seed)
+    if sizes is not None and sum(sizes) > sum(SIZES):
+        raise UserError(f"--sizes adds up to {sum(sizes)}, and there are {sum(SIZES)} digits")
+    drawing_seed = default_seed if seed is None else seed
+    folder = make_dataset(Path(dataset_path), p_f, p_e, drawing_seed, sizes or SIZES)
     present = {path.name for path in folder.glob("*.pt")}
     own, framework = {f"{name}.pt" for name in ENVIRONMENTS}, {"train.pt", "val.pt", "test.pt"}
     if framework <= present and not own <= present:
@@ -387,6 +400,13 @@ def load_dataset(
             f"{folder} lacks {', '.join(sorted(own - present))}: put them there, or delete it to "
             "draw it anew"
         )
+    parts = [part for part in (train, validation, test) if part is not None]
+    found = torch.cat([part.envs for part in parts]).bincount(minlength=3).tolist()
+    if sizes is not None and list(sizes) != found:
+        raise UserError(
+            f"{folder} has environments of {found} digits, asked for are {list(sizes)}: delete it "
+            "to draw it anew, or give another --dataset_path"
+        )
     for part in (train, test):
         if part.labels.min() == part.labels.max():
             raise UserError(f"{folder} has images of one label only: delete it to draw it anew")
@@ -402,6 +422,13 @@ def check_drawn_as_asked(folder: Path, draws: tuple[dict, ...], asked: dict) -> 
                 f"{folder} was drawn with {key} {value}, asked for is {asked[key]}: delete it to "
                 "draw it anew, or give another --dataset_path"
             )
+
+
+def rgb_image(digits: Digits, index: int) -> Tensor:
+    """One digit in its colour, (28, 28, 3) uint8."""
+    rgb = torch.zeros(28, 28, 3, dtype=torch.uint8)
+    rgb[..., 1 - int(digits.colors[index])] = digits.pixels[index]
+    return rgb
 
 
 class ColoredMNIST(torch.utils.data.Dataset):
@@ -437,9 +464,8 @@ class ColoredMNIST(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple:
         from PIL import Image
 
-        rgb = torch.zeros(28, 28, 3, dtype=torch.uint8)
-        rgb[:, :, :2] = self.digits.pixels[index].permute(1, 2, 0)
-        image, target = Image.fromarray(rgb.numpy()), int(self.digits.labels[index])
+        image = Image.fromarray(rgb_image(self.digits, index).numpy())
+        target = int(self.digits.labels[index])
         if self.transform is not None:
             image = self.transform(image)
         if self.target_transform is not None:
@@ -459,9 +485,7 @@ def draw_samples(data: Dataset, path: Path) -> None:
         flipped = (environment.labels != environment.colors).float().mean()
         axes[e, 0].text(-6, 14, f"{name}\ncolour ≠ y: {flipped:.0%}", ha="right", va="center")
         for i, axis in enumerate(axes[e]):
-            rgb = torch.zeros(28, 28, 3, dtype=torch.uint8)
-            rgb[:, :, :2] = environment.pixels[i].permute(1, 2, 0)
-            axis.imshow(rgb.numpy())
+            axis.imshow(rgb_image(environment, i).numpy())
             axis.set_title(f"y = {environment.labels[i]}", fontsize=9)
             axis.axis("off")
     save_figure(figure, path)
@@ -533,6 +557,13 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("TRAIN1", "TRAIN2", "TEST"),
         help="probabilities that colour is not the label, 0 to 1",
     )
+    parser.add_argument(
+        "--sizes",
+        type=number(int, 2),
+        nargs=3,
+        metavar=("TRAIN1", "TRAIN2", "TEST"),
+        help="digits of each environment, 60000 together at most (default: 20000 each)",
+    )
 
 
 def run(main: Callable[[], None]) -> None:
@@ -560,7 +591,7 @@ def main() -> None:
         "--figure", help="PNG of sample digits (default: samples.png in the folder)"
     )
     args = parser.parse_args()
-    data = load_dataset(args.dataset_path, args.p_f, tuple(args.p_e), args.seed)
+    data = load_dataset(args.dataset_path, args.p_f, args.p_e, args.seed, sizes=args.sizes)
     print(data.description)
     draw_samples(data, Path(args.figure or Path(args.dataset_path) / "samples.png"))
 

@@ -47,7 +47,20 @@ def test_drawn_once_and_anew_when_deleted(tmp_path):
     preprocessing.remove(tmp_path / "ColoredMNIST")
     again = load_dataset(tmp_path, default_seed=2)
     assert not torch.equal(again.test.labels, first.test.labels)
-    assert torch.equal(again.test.pixels.sum(1), first.test.pixels.sum(1))
+    assert torch.equal(again.test.pixels, first.test.pixels)
+
+
+def test_sizes_of_the_environments(command, tmp_path):
+    asked = ("--dataset_path", tmp_path, "--sizes", 30, 20, 10)
+    assert command("preprocessing.py", *asked).returncode == 0
+    data = load_dataset(tmp_path, sizes=(30, 20, 10))
+    assert data.train.envs.bincount().tolist() == [30, 20] and len(data.test.labels) == 10
+    digits = torch.cat([data.train.pixels, data.test.pixels])
+    assert torch.equal(digits, load_mnist(tmp_path)[0][:60])
+    assert_one_line(command("preprocessing.py", *asked[:-1], 11), "[30, 20, 10]", "[30, 20, 11]")
+    too_many = command("preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 60000)
+    assert_one_line(too_many, "--sizes", "60050")
+    assert not (tmp_path / "new").exists()
 
 
 def test_dataset_interface(dataset_path):
