@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from dataset import Batch, Split
+from dataset import Batch
 from model import Loss, Network
 from preprocessing import UserError, make_folder, number, run, save_figure
 from trainer import (
     Repetition,
+    Run,
     evaluate,
     parse_arguments,
     repetitions,
@@ -227,7 +228,7 @@ def to_crossbar(
 
     Args:
         network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
-        images: (N, inputs) to calibrate with, training images as a rule; a thousand are enough.
+        images: (N, inputs) to calibrate with, painted; a thousand training images are enough.
         tile_shape: rows and columns of a tile.
         adc_resolution: bits of the ADC of each tile, 2 or more; None reads currents exactly.
         r_on, r_off: lowest and highest resistance of a device, ohms.
@@ -331,43 +332,32 @@ class Imitation(Loss):
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            predictions = self.teacher(batch.images, batch.colors) > 0
-        return self.losses(logits, batch._replace(labels=predictions.float())).mean(-1)
+            predictions = self.teacher(batch.images.flatten(0, -2), batch.colors.flatten()) > 0
+        labels = predictions.float().view_as(logits)
+        return self.losses(logits, batch._replace(labels=labels)).mean(-1)
 
 
-def harden(
-    network: Network,
-    split: Split,
-    generator: torch.Generator,
-    iterations: int = 1200,
-    most: float = 0.3,
-    **settings,
-) -> Network:
+def harden(run: Run, iterations: int = 1200, most: float = 0.3, **settings) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
     Args:
-        network: what to imitate; unchanged.
-        split: images to imitate it on, in both colours: what counts is what it says of them.
-        generator: orders them.
+        run: the network to imitate, which is left as it is, and the images to imitate it on. They
+            are shown in both colours: what counts is what it says of them.
         iterations: of this second training; weights are averaged over the last quarter.
         most: up to this proportion of the devices is stuck in training, 0 to 1, others each step.
         settings: further arguments of `train`.
     """
     print(f"Hardening: {iterations} iterations")
-    hardened = copy.deepcopy(network)
+    hardened = copy.deepcopy(run.network)
     for layer in hardened.layers():
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if layer.weight.numel() > 1:
             parametrize.register_parametrization(layer, "weight", StuckDevices(most))
-    return train(
-        hardened,
-        Imitation(network),
-        split.in_both_colors(),
-        generator,
-        iterations=iterations,
-        average_last=iterations // 4,
-        **settings,
-    )
+    run_on = run._replace(network=hardened, train=run.train.in_both_colors())
+    average_last = iterations // 4
+    loss = Imitation(run.network)
+    train([run_on], loss, iterations=iterations, average_last=average_last, **settings)
+    return hardened
 
 
 CROSSBAR_OPTIONS = (
@@ -432,15 +422,12 @@ def describe(crossbar: nn.Module) -> str:
     return f"{len(columns) // 2} layers on {tiles} tiles, {devices} devices"
 
 
-def calibration_images(split: Split) -> Tensor:
-    """Training images to calibrate a crossbar with."""
-    return split.batch(torch.arange(min(2000, len(split)), device=split.index.device)).images
-
-
-def crossbar_accuracy(repetition: Repetition, options: dict) -> float:
-    crossbar = to_crossbar(repetition.network, calibration_images(repetition.train), **options)
-    test = repetition.test.to(torch.device("cpu"))
-    return evaluate(crossbar, test)["Accuracy"]
+def on_crossbar(repetition: Repetition, options: dict) -> tuple[nn.Module, dict[str, float]]:
+    """A repetition's network on a crossbar calibrated with training images; its test result."""
+    network, calibration = repetition.network, next(repetition.train.chunks())
+    images = network.paint(calibration.images, calibration.colors)
+    crossbar = to_crossbar(network, images, **options)
+    return crossbar, evaluate(crossbar, repetition.test.to(torch.device("cpu")))
 
 
 def sweep(args: argparse.Namespace, options: dict) -> None:
@@ -461,7 +448,8 @@ def sweep(args: argparse.Namespace, options: dict) -> None:
 
         def measure(name: str, changed: dict) -> float:
             progress.update()
-            return 100 * crossbar_accuracy(networks[name], options | changed)
+            _, result = on_crossbar(networks[name], options | changed)
+            return 100 * result["Accuracy"]
 
         for name, color in (("plain", "tab:orange"), ("hardened", "tab:blue")):
             digital = 100 * networks[name].result["Accuracy"]
@@ -515,9 +503,7 @@ def main() -> None:
         return sweep(args, options)
     digital_results, results = [], []
     for repetition in repetitions(args, hardening(args) if args.harden else None):
-        crossbar = to_crossbar(repetition.network, calibration_images(repetition.train), **options)
-        test = repetition.test.to(torch.device("cpu"))
-        result = evaluate(crossbar, test)
+        crossbar, result = on_crossbar(repetition, options)
         print(f"Crossbar: {describe(crossbar)}")
         print(f"Crossbar test result: {result}", flush=True)
         digital_results.append(repetition.result)

@@ -11,13 +11,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dataset import BLACK, Batch
-from preprocessing import UserError
+from dataset import Batch
+from preprocessing import MEAN, STD, UserError
 from register import NETWORKS, TRAINERS, register
 
 
 class Network(nn.Module):
-    """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1."""
+    """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1.
+
+    The blue channel is left out. It is 0 in every image, also once normalised, so no weight that
+    reads it has an effect or a gradient: a network on the two others is the same function.
+
+    Args:
+        phi: the layers.
+        channels: 2 (red and green), or 1 for a network that can't see colour.
+        raw_pixels: whether a black pixel is 0, not the normalised value of 0.
+    """
 
     # What the command line takes where the user says nothing; a trainer may have its own.
     defaults = {
@@ -28,9 +37,10 @@ class Network(nn.Module):
         "init_scale": 1.0,
     }
 
-    def __init__(self, phi: nn.Sequential):
+    def __init__(self, phi: nn.Sequential, channels: int = 2, raw_pixels: bool = False):
         super().__init__()
         self.phi = phi
+        self.channels, self.black = channels, 0.0 if raw_pixels else -MEAN / STD
         # A bare scalar, no nn.Linear: MemTorch would turn a 1 x 1 layer into a crossbar of its own.
         self.output_layer = nn.Parameter(torch.ones(()), requires_grad=False)
         # As in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010).
@@ -53,43 +63,54 @@ class Network(nn.Module):
         """
         self.layers()[0].weight.mul_(factor)
 
-    def forward(self, images: Tensor, colors: Tensor | None = None) -> Tensor:
-        """Images (N, inputs) float32 → logits (N,).
+    def paint(self, images: Tensor, colors: Tensor) -> Tensor:
+        """Digits (N, pixels) and colours (N,) → what `phi` takes, (N, channels · pixels)."""
+        if self.channels == 1:
+            return images
+        painted = images.new_full((len(images), 2, images.shape[1]), self.black)
+        painted[torch.arange(len(images), device=images.device), 1 - colors] = images
+        return painted.flatten(1)
 
-        Args:
-            colors: of the images, (N,) int64; a network may be faster where it knows them.
+    def forward(self, images: Tensor, colors: Tensor | None = None) -> Tensor:
+        """Digits (N, pixels) float32 and colours (N,) int64 → logits (N,).
+
+        Without colours, images are taken as painted already.
         """
-        return self.output_layer * self.phi(images).squeeze(-1)
+        inputs = images if colors is None else self.paint(images, colors)
+        return self.output_layer * self.phi(inputs).squeeze(-1)
 
 
 class ColoredLinear(torch.autograd.Function):
-    """images @ weight.T at half the cost, for images of red digits first, then of green ones.
+    """paint(images, colors) @ weight.T at half the cost, for images sorted by colour.
 
     The channel that a digit is not in is black, one number in all pixels: what it adds to an output
     is that number times a sum of weights, and needs no product.
     """
 
     @staticmethod
-    def forward(ctx, images: Tensor, weight: Tensor, reds: int, black: float) -> Tensor:
+    def forward(
+        ctx, images: Tensor, weight: Tensor, count: int, channel: int, black: float
+    ) -> Tensor:
+        """The first `count` digits are in `channel`, 0 or 1, the rest in the other one."""
         ctx.save_for_backward(images)
-        ctx.reds, ctx.black, half = reds, black, weight.shape[1] // 2
-        from_red, from_green = (black * weight.unflatten(1, (2, half)).sum(-1)).unbind(1)
+        ctx.count, ctx.channel, ctx.black = count, channel, black
+        channels = weight.unflatten(1, (2, -1)).unbind(1)
         outputs = images.new_empty(len(images), len(weight))
-        torch.addmm(from_green, images[:reds, :half], weight[:, :half].T, out=outputs[:reds])
-        torch.addmm(from_red, images[reds:, half:], weight[:, half:].T, out=outputs[reds:])
+        for part, c in ((slice(count), channel), (slice(count, None), 1 - channel)):
+            of_black = black * channels[1 - c].sum(1)
+            torch.addmm(of_black, images[part], channels[c].T, out=outputs[part])
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor, None, None, None]:
         (images,) = ctx.saved_tensors
-        reds, half = ctx.reds, images.shape[1] // 2
-        red, green = gradient[:reds].T, gradient[reds:].T
-        sums = [ctx.black * part.sum(1, keepdim=True) for part in (red, green)]
-        of_weight = images.new_empty(len(red), 2 * half)
-        torch.addmm(sums[1], red, images[:reds, :half], out=of_weight[:, :half])
-        torch.addmm(sums[0], green, images[reds:, half:], out=of_weight[:, half:])
-        return None, of_weight, None, None
+        parts = slice(ctx.count), slice(ctx.count, None)
+        of_weight = images.new_empty(gradient.shape[1], 2, images.shape[1])
+        for part, other, c in ((*parts, ctx.channel), (*reversed(parts), 1 - ctx.channel)):
+            of_black = ctx.black * gradient[other].sum(0).unsqueeze(1)
+            torch.addmm(of_black, gradient[part].T, images[part], out=of_weight[:, c])
+        return None, of_weight.flatten(1), None, None, None
 
 
 @register(NETWORKS, "MLP")
@@ -97,14 +118,12 @@ class MLP(Network):
     """The assignment's network: fully connected layers with ReLU, one logit.
 
     Args:
-        inputs: numbers per image.
-        channels: 2 if the first half of them is the red channel and the second the green one, of
-            which one is black in each image; else 1.
+        inputs: pixels of all channels together.
         hidden_dim: units of each hidden layer.
         bias: whether the layers have biases.
         drop_rate: proportion of hidden units dropped while training, 0 to 1.
         batchnorm: whether hidden layers are normalised over the minibatch.
-        raw_pixels: whether a black pixel is 0, not the normalised value of 0.
+        channels, raw_pixels: as in `Network`.
     """
 
     def __init__(
@@ -124,19 +143,22 @@ class MLP(Network):
             layers.append(nn.ReLU())
             layers += [nn.Dropout(drop_rate)] if drop_rate else []
             inputs = width
-        super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
-        self.channels, self.black = channels, 0.0 if raw_pixels else BLACK
+        layers.append(nn.Linear(inputs, 1, bias))
+        super().__init__(nn.Sequential(*layers), channels, raw_pixels)
 
     def forward(self, images: Tensor, colors: Tensor | None = None) -> Tensor:
+        first = self.phi[0]
         # A first layer of another kind, on a crossbar, computes in a way of its own.
-        if self.channels == 2 and type(self.phi[0]).forward is nn.Linear.forward:
-            reds = 0 if colors is None else int(colors.sum())
-            if colors is not None and colors[:reds].all():
-                hidden = ColoredLinear.apply(images, self.phi[0].weight, reds, self.black)
-                if self.phi[0].bias is not None:
-                    hidden = hidden + self.phi[0].bias
-                return self.output_layer * self.phi[1:](hidden).squeeze(-1)
-        return super().forward(images)
+        if colors is None or self.channels == 1 or type(first).forward is not nn.Linear.forward:
+            return super().forward(images, colors)
+        like_first = colors == colors[0]
+        count = int(like_first.sum())
+        if not like_first[:count].all():
+            return super().forward(images, colors)
+        hidden = ColoredLinear.apply(images, first.weight, count, 1 - int(colors[0]), self.black)
+        if first.bias is not None:
+            hidden = hidden + first.bias
+        return self.output_layer * self.phi[1:](hidden).squeeze(-1)
 
 
 @register(NETWORKS, "CNN")
@@ -144,8 +166,9 @@ class CNN(Network):
     """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
 
     Args:
-        channels: 2 (red and green) or 1 (grey), of 28 x 28 pixels.
         drop_rate: proportion of hidden units dropped while training, 0 to 1.
+        image_size: 28.
+        channels, raw_pixels: as in `Network`.
     """
 
     defaults = {
@@ -156,7 +179,13 @@ class CNN(Network):
         "init_scale": 1.0,
     }
 
-    def __init__(self, channels: int = 2, drop_rate: float = 0.3, image_size: int = 28):
+    def __init__(
+        self,
+        drop_rate: float = 0.3,
+        image_size: int = 28,
+        channels: int = 2,
+        raw_pixels: bool = False,
+    ):
         if image_size != 28:
             raise UserError("the CNN takes images of 28 x 28: leave --image_size out")
         super().__init__(
@@ -173,7 +202,9 @@ class CNN(Network):
                 nn.ReLU(),
                 nn.Dropout(drop_rate),
                 nn.Linear(64, 1),
-            )
+            ),
+            channels,
+            raw_pixels,
         )
 
 

@@ -485,9 +485,10 @@ def draw_samples(data: Dataset, path: Path) -> None:
         flipped = (environment.labels != environment.colors).float().mean()
         axes[e, 0].text(-6, 14, f"{name}\ncolour ≠ y: {flipped:.0%}", ha="right", va="center")
         for i, axis in enumerate(axes[e]):
-            axis.imshow(rgb_image(environment, i).numpy())
-            axis.set_title(f"y = {environment.labels[i]}", fontsize=9)
             axis.axis("off")
+            if i < len(environment.labels):
+                axis.imshow(rgb_image(environment, i).numpy())
+                axis.set_title(f"y = {environment.labels[i]}", fontsize=9)
     save_figure(figure, path)
 
 

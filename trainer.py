@@ -2,22 +2,21 @@
 
 import argparse
 import inspect
-import itertools
 import math
 import runpy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
 from torch.optim.adam import adam
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-from dataset import Batch, Split
+from dataset import Split, minibatches
 from metric import metrics
 from model import Loss, Network
 from preprocessing import (
@@ -144,6 +143,16 @@ def construct(cls: type, options: dict) -> object:
     return cls(**{name: value for name, value in options.items() if name in known})
 
 
+class Run(NamedTuple):
+    """One repetition: what is trained, and on what."""
+
+    number: int  # from 1
+    network: Network
+    train: Split
+    validation: Split | None
+    generator: torch.Generator  # orders the samples
+
+
 class Repetition(NamedTuple):
     """One training and what came of it."""
 
@@ -161,68 +170,81 @@ def repetitions(
 
     Args:
         args: from `parse_arguments`.
-        harden: called with each trained network, its training split, a generator and the settings
-            that `train` was called with; returns the network to test instead.
+        harden: called with each run, its network trained, and the settings that `train` was called
+            with; returns the network to test instead.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    data = load_dataset(args.dataset_path, args.p_f, tuple(args.p_e), args.data_seed, args.seed)
+    data = load_dataset(
+        args.dataset_path, args.p_f, args.p_e, args.data_seed, args.seed, args.sizes
+    )
     print(f"Data: {data.description}", flush=True)
 
     def on_device(digits: Digits) -> Split:
-        return Split(digits, device, args.grayscale, args.image_size, args.raw_pixels)
+        return Split(digits, device, args.image_size, args.raw_pixels)
 
     test, all_train = on_device(data.test).by_color(), on_device(data.train)
     given_validation = data.validation and on_device(data.validation)
     del data
-    for repetition in range(args.repetitions):
-        print(f"Repetition {repetition + 1} of {args.repetitions}")
-        generator = torch.Generator().manual_seed(1000 * args.seed + repetition)
-        train_split, validation = all_train, given_validation
-        if validation is None and args.validation:
-            train_split, validation = all_train.hold_out(args.validation, generator)
-        if validation is not None:
-            validation = validation.by_color().keep_chunks()
-        # Initial weights and dropout are drawn by torch, which reads its global generator.
-        torch.manual_seed(1000 * args.seed + repetition)
-        channels = 1 if args.grayscale else 2
-        network = construct(
-            NETWORKS[args.network], vars(args) | {"inputs": test.inputs, "channels": channels}
-        ).to(device)
-        network.scale_first_layer(args.init_scale)
-        settings = {
-            "batch_size": args.batch_size,
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            "max_gradient_norm": args.max_gradient_norm,
-            "evaluation_steps": args.evaluation_steps,
-            "validation": validation,
-        }
-        network = train(
-            network,
-            construct(TRAINERS[args.trainer], vars(args)),
-            train_split,
-            generator,
-            iterations=args.iteration,
-            average_last=round(args.average_last * args.iteration),
-            **settings,
-        )
+    runs = [
+        start(args, number, all_train, given_validation)
+        for number in range(1, args.repetitions + 1)
+    ]
+    settings = {
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "max_gradient_norm": args.max_gradient_norm,
+        "evaluation_steps": args.evaluation_steps,
+    }
+    train(
+        runs,
+        construct(TRAINERS[args.trainer], vars(args)),
+        iterations=args.iteration,
+        average_last=round(args.average_last * args.iteration),
+        **settings,
+    )
+    for run in runs:
+        print(f"Repetition {run.number} of {args.repetitions}")
+        network = run.network
         if harden is not None:
-            network = harden(network, train_split, generator, **settings)
-        result, flips = evaluate(network, test), flip_rate(network, test)
+            torch.manual_seed(seed_of(args, run.number))
+            network = harden(run, **settings)
+        logits, recolored = predict(network, test), predict(network, test, recolored=True)
+        result = metrics(logits, test.labels[test.index])
+        flips = ((logits > 0) != (recolored > 0)).double().mean().item()
         if args.save_model:
-            save(args, repetition, network)
+            save(args, run.number, network)
         print(f"Test result: {result}")
         print(f"Flip rate: {flips}", flush=True)
-        yield Repetition(network, train_split, test, result, flips)
+        yield Repetition(network, run.train, test, result, flips)
+
+
+def seed_of(args: argparse.Namespace, number: int) -> int:
+    """The seed of one repetition's draws."""
+    return 1000 * args.seed + number - 1
+
+
+def start(args: argparse.Namespace, number: int, data: Split, validation: Split | None) -> Run:
+    """A repetition with its own draws: which samples are held out, their order, first weights."""
+    generator = torch.Generator().manual_seed(seed_of(args, number))
+    if validation is None and args.validation:
+        data, validation = data.hold_out(args.validation, generator)
+    if validation is not None:
+        validation = validation.by_color().keep_chunks()
+    # Initial weights and dropout are drawn by torch, which reads its global generator.
+    torch.manual_seed(seed_of(args, number))
+    channels = 1 if args.grayscale else 2
+    options = vars(args) | {"inputs": channels * data.images.shape[1], "channels": channels}
+    network = construct(NETWORKS[args.network], options).to(data.images.device)
+    network.scale_first_layer(args.init_scale)
+    return Run(number, network, data, validation, generator)
 
 
 def train(
-    network: Network,
+    runs: Sequence[Run],
     loss: Loss,
-    split: Split,
-    generator: torch.Generator,
     *,
     iterations: int = 400,
     batch_size: int = 1024,
@@ -231,84 +253,105 @@ def train(
     max_gradient_norm: float = 0.0,
     average_last: int = 0,
     evaluation_steps: int = 20,
-    validation: Split | None = None,
-) -> Network:
-    """Minimise the loss with Adam; return the trained network in evaluation mode.
+) -> None:
+    """Minimise the loss with Adam, in place; leaves the networks in evaluation mode.
+
+    The runs take each step together, as every operation costs time besides what it computes.
 
     Args:
-        network: trained in place; what is returned is a copy if weights are averaged.
-        loss: made for this training.
-        split: what to draw minibatches from.
-        generator: orders the samples.
-        max_gradient_norm: longer gradients are shortened to this norm (Pascanu et al. 2013, "On the
-            difficulty of training recurrent neural networks"). IRM's first gradients are tens of
-            times as long as its later ones, and Adam's memory of them would shorten all steps that
-            follow. 0 leaves gradients as they are.
-        average_last: return the mean of the weights after each of the last so many iterations
-            (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
-            generalization"); 0 returns the last weights.
+        runs: their training data are parts of one split.
+        loss: made for this training; called with the logits of all runs, (R, N).
+        max_gradient_norm: a network's longer gradients are shortened to this norm (Pascanu et al.
+            2013, "On the difficulty of training recurrent neural networks"). IRM's first gradients
+            are tens of times as long as its later ones, and Adam's memory of them would shorten all
+            steps that follow. 0 leaves gradients as they are.
+        average_last: the networks get the mean of the weights after each of the last so many
+            iterations (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
+            generalization"); 0: the last weights.
         evaluation_steps: iterations from one log line to the next.
-        validation: what the metrics in the log are of, if anything.
 
     Raises:
-        UserError: the objective or a weight is no longer finite.
+        UserError: an objective or a weight is no longer finite, or an objective is not one number
+            for each run.
     """
-    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    means = [torch.zeros_like(parameter) for parameter in parameters]
-    squares = [torch.zeros_like(parameter) for parameter in parameters]
-    steps = [torch.zeros((), device=parameter.device) for parameter in parameters]
-    averaged = None
-    network.train()
-    batches = itertools.islice(split.minibatches(batch_size, generator), iterations)
-    progress = tqdm(batches, total=iterations, disable=None, leave=False)
-    for iteration, batch in enumerate(progress, 1):
-        logits = network(batch.images, batch.colors)
-        objective = loss(logits, batch)
+    parameters = [[p for p in run.network.train().parameters() if p.requires_grad] for run in runs]
+    # One row per network, which the networks' own parameters are views of from now on.
+    weights = torch.stack([parameters_to_vector(own) for own in parameters]).detach()
+    set_weights(parameters, weights)
+    first_moment, second_moment, sum_of_weights = (torch.zeros_like(weights) for _ in range(3))
+    step = torch.zeros((), device=weights.device)
+    batches = minibatches([run.train for run in runs], batch_size, [run.generator for run in runs])
+    progress = tqdm(range(1, iterations + 1), disable=None, leave=False)
+    for iteration, batch in zip(progress, batches, strict=False):
+        inputs = zip(runs, batch.images, batch.colors, strict=True)
+        logits = torch.stack([run.network(images, colors) for run, images, colors in inputs])
+        objectives = loss(logits, batch)
+        if objectives.shape != (len(runs),):
+            raise UserError(
+                f"{type(loss).__name__} gives {tuple(objectives.shape)} objectives for logits of "
+                f"{tuple(logits.shape)}: a loss is to reduce over the last dimension alone"
+            )
+        objective = objectives.sum()
         if not math.isfinite(objective.item()):
             raise diverged(iteration, "the objective")
         objective.backward()
+        gradients = torch.stack([parameters_to_vector(p.grad for p in own) for own in parameters])
         if max_gradient_norm:
-            nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+            norms = gradients.norm(dim=-1, keepdim=True)
+            gradients *= (max_gradient_norm / norms).clamp(max=1)
         # The function behind torch.optim.Adam; the class spends a second importing a compiler.
-        with torch.no_grad():
-            adam(
-                parameters,
-                [parameter.grad for parameter in parameters],
-                means,
-                squares,
-                [],
-                steps,
-                fused=True,
-                amsgrad=False,
-                beta1=0.9,
-                beta2=0.999,
-                lr=learning_rate,
-                weight_decay=weight_decay / loss.divisor,
-                eps=1e-8,
-                maximize=False,
-            )
-        network.zero_grad()
+        adam(
+            [weights],
+            [gradients],
+            [first_moment],
+            [second_moment],
+            [],
+            [step],
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=weight_decay / loss.divisor,
+            eps=1e-8,
+            maximize=False,
+        )
         if iteration > iterations - average_last:
-            averaged = averaged or AveragedModel(network)
-            averaged.update_parameters(network)
+            sum_of_weights += weights
+        for run in runs:
+            run.network.zero_grad()
         if iteration % evaluation_steps == 0:
-            risks = loss.risks(logits.detach(), batch)
-            line = f"Iteration {iteration}: loss of train1 {risks[0]:.4f}, train2 {risks[1]:.4f}"
-            if validation is not None:
-                line += f"; validation {evaluate(network, validation)}"
-                network.train()
-            print(line)
-    if averaged is not None:
-        network = averaged.module
-    network.eval()
-    for module in list(network.modules()):
+            for run, risks in zip(runs, loss.risks(logits.detach(), batch).tolist(), strict=True):
+                line = f"Repetition {run.number}, iteration {iteration}: "
+                line += f"loss of train1 {risks[0]:.4f}, train2 {risks[1]:.4f}"
+                if run.validation is not None:
+                    line += f"; validation {evaluate(run.network, run.validation)}"
+                    run.network.train()
+                print(line)
+    if not weights.isfinite().all():
+        raise diverged(iterations, "a weight")
+    trained = sum_of_weights / average_last if average_last else weights
+    set_weights(parameters, [row.clone() for row in trained])  # no memory shared between networks
+    for run in runs:
+        finish(run, average_last > 0)
+
+
+def set_weights(parameters: list[list[nn.Parameter]], weights: Iterable[Tensor]) -> None:
+    """Make the parameters of each network views of its row of `weights`."""
+    for own, row in zip(parameters, weights, strict=True):
+        vector_to_parameters(row, own)
+
+
+def finish(run: Run, averaged: bool) -> None:
+    """Put a trained network into evaluation mode."""
+    run.network.eval()
+    for module in list(run.network.modules()):
         if parametrize.is_parametrized(module):
             parametrize.remove_parametrizations(module, "weight")
-    if averaged is not None and any(isinstance(m, nn.BatchNorm1d) for m in network.modules()):
-        update_bn((batch.images for batch in split.chunks()), network)
-    if not all(parameter.isfinite().all() for parameter in network.parameters()):
-        raise diverged(iterations, "a weight")
-    return network
+    # Averaged weights need statistics of their own.
+    if averaged and any(isinstance(module, nn.BatchNorm1d) for module in run.network.modules()):
+        painted = (run.network.paint(batch.images, batch.colors) for batch in run.train.chunks())
+        update_bn(painted, run.network)
 
 
 def diverged(iteration: int, what: str) -> UserError:
@@ -319,27 +362,20 @@ def diverged(iteration: int, what: str) -> UserError:
 
 
 @torch.no_grad()
-def predict(network: nn.Module, split: Split, recolored: bool = False) -> Tensor:
+def predict(network: Network, split: Split, recolored: bool = False) -> Tensor:
     """Logits (N,) of a whole split, with its digits in the other colour if `recolored`."""
     network.eval()
+    return torch.cat(
+        [
+            network(batch.images, 1 - batch.colors if recolored else batch.colors)
+            for batch in split.chunks()
+        ]
+    )
 
-    def logits(batch: Batch) -> Tensor:
-        if recolored:
-            return network(split.recolored(batch.images))
-        return network(batch.images, batch.colors)
 
-    return torch.cat([logits(batch) for batch in split.chunks()])
-
-
-def evaluate(network: nn.Module, split: Split) -> dict[str, float]:
+def evaluate(network: Network, split: Split) -> dict[str, float]:
     """Accuracy, AUC and F1_macro on a whole split."""
     return metrics(predict(network, split), split.labels[split.index])
-
-
-def flip_rate(network: nn.Module, split: Split) -> float:
-    """Share of predictions that change when only the colour of the digit does, 0 to 1."""
-    flips = (predict(network, split) > 0) != (predict(network, split, recolored=True) > 0)
-    return flips.double().mean().item()
 
 
 def summarize(results: list[dict[str, float]]) -> dict[str, float]:
@@ -352,9 +388,9 @@ def summarize(results: list[dict[str, float]]) -> dict[str, float]:
     return summary
 
 
-def save(args: argparse.Namespace, repetition: int, network: Network) -> None:
+def save(args: argparse.Namespace, number: int, network: Network) -> None:
     """Write the weights and the arguments that they came of to `--save_model`."""
-    name = f"{args.trainer}_{args.network}_seed{args.seed}_repetition{repetition + 1}.pt"
+    name = f"{args.trainer}_{args.network}_seed{args.seed}_repetition{number}.pt"
     path = Path(args.save_model) / name
     try:
         with replacing(path) as partial:

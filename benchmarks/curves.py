@@ -19,7 +19,14 @@ from dataset import Split  # noqa: E402
 from model import MLP  # noqa: E402
 from preprocessing import ENVIRONMENTS, load_dataset, run, save_figure  # noqa: E402
 from register import TRAINERS  # noqa: E402
-from trainer import construct, evaluate, parse_arguments, train, training_parser  # noqa: E402
+from trainer import (  # noqa: E402
+    Run,
+    construct,
+    evaluate,
+    parse_arguments,
+    train,
+    training_parser,
+)
 
 
 class Watched:
@@ -69,7 +76,8 @@ def main() -> None:
 
         loss = Watched(construct(TRAINERS[name], vars(options)), args.every, note)
         generator = torch.Generator().manual_seed(1000 * args.seed)
-        train(network, loss, kept, generator, max_gradient_norm=0.1, evaluation_steps=10**9)
+        run_of_one = Run(1, network, kept, None, generator)
+        train([run_of_one], loss, max_gradient_norm=0.1, evaluation_steps=10**9)
         iterations = [args.every * step for step in range(len(curves))]
         styles = zip(ENVIRONMENTS, zip(*curves, strict=True), ("--", ":", "-"), strict=True)
         for environment, accuracies, style in styles:

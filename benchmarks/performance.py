@@ -88,7 +88,8 @@ def crossbar() -> None:
     train, test = (Split(digits, torch.device("cpu")) for digits in (data.train, data.test))
     torch.manual_seed(0)
     network = MLP()
-    images = train.batch(torch.arange(2000)).images
+    calibration = next(train.chunks())
+    images = network.paint(calibration.images, calibration.colors)
 
     def clock(what) -> tuple[float, torch.nn.Module]:
         start = time.perf_counter()

@@ -42,8 +42,8 @@ def main() -> None:
                     for proportion in PROPORTIONS:
                         for pattern in range(known.patterns if proportion else 1):
                             faults = {"lrs_proportion": proportion, "fault_seed": pattern}
-                            accuracy = memristor.crossbar_accuracy(repetition, faults)
-                            crossbar[proportion].append(accuracy)
+                            _, result = memristor.on_crossbar(repetition, faults)
+                            crossbar[proportion].append(result["Accuracy"])
             cells = [statistics.fmean(values) for values in (digital, *crossbar.values())]
             numbers = " ".join(f"{100 * cell:8.2f}" for cell in cells)
             print(f"{trainer:10} {training:10} {numbers}", flush=True)

@@ -44,8 +44,8 @@ def draw(number: int) -> Dataset:
     parts = []
     for name, record in color_mnist(*load_mnist(ROOT / "data"), P_F, P_E, number):
         envs = torch.full((len(record["labels"]),), ENVIRONMENTS.index(name))
-        pixels = record["images"][:, :2]
-        parts.append(Digits(pixels.contiguous(), record["labels"], record["colors"], envs))
+        pixels = record["images"].amax(1)
+        parts.append(Digits(pixels, record["labels"], record["colors"], envs))
     return Dataset(concatenate(parts[:2]), None, parts[2], "drawn in memory")
 
 

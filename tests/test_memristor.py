@@ -31,7 +31,7 @@ from memristor import (  # noqa: E402
 from metric import metrics  # noqa: E402
 from model import CNN, ERM, MLP, Backdoor  # noqa: E402
 from preprocessing import load_dataset  # noqa: E402
-from trainer import evaluate, predict, train  # noqa: E402
+from trainer import Run, evaluate, predict, train  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,15 @@ def splits(dataset_path):
 
 
 def images(split, count):
-    return split.batch(torch.arange(count)).images
+    """The first images, painted."""
+    batch = split.batch(torch.arange(count))
+    return MLP().paint(batch.images, batch.colors)
+
+
+def trained(network, loss, split, **settings):
+    """The network, trained alone."""
+    train([Run(1, network, split, None, torch.Generator().manual_seed(0))], loss, **settings)
+    return network
 
 
 def scores(network, split):
@@ -54,25 +62,14 @@ def scores(network, split):
 def networks(splits):
     """Trained networks of each kind; short trainings, as only the move is looked at."""
 
-    def trained(network, iterations=100, batch_size=1024):
-        torch.manual_seed(0)
-        network.apply(lambda m: m.reset_parameters() if hasattr(m, "reset_parameters") else None)
-        generator = torch.Generator().manual_seed(0)
-        return train(
-            network,
-            Backdoor(),
-            splits[0],
-            generator,
-            iterations=iterations,
-            batch_size=batch_size,
-            average_last=iterations // 4,
-        )
-
+    torch.manual_seed(0)
+    short = {"iterations": 100, "average_last": 25}
+    shorter = {"iterations": 40, "average_last": 10, "batch_size": 128}
     return {
-        "plain": trained(MLP()),
-        "bias": trained(MLP(bias=True)),
-        "batchnorm": trained(MLP(bias=True, batchnorm=True)),
-        "CNN": trained(CNN(), iterations=40, batch_size=128),
+        "plain": trained(MLP(), Backdoor(), splits[0], **short),
+        "bias": trained(MLP(bias=True), Backdoor(), splits[0], **short),
+        "batchnorm": trained(MLP(bias=True, batchnorm=True), Backdoor(), splits[0], **short),
+        "CNN": trained(CNN(), Backdoor(), splits[0], **shorter),
     }
 
 
@@ -236,7 +233,7 @@ def test_stuck_devices_limit_and_break_weights():
 def test_imitation_takes_predictions_for_labels(splits):
     batch = splits[0].batch(torch.arange(100))
     teacher = MLP()
-    predicted = (teacher(batch.images) > 0).float()
+    predicted = (teacher(batch.images, batch.colors) > 0).float()
     expected = F.binary_cross_entropy_with_logits(torch.linspace(-3, 3, 100), predicted)
     assert torch.isclose(Imitation(teacher)(torch.linspace(-3, 3, 100), batch), expected)
 
@@ -246,12 +243,10 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     torch.manual_seed(0)
     network = MLP()
     network.scale_first_layer(0.3)
-    generator = torch.Generator().manual_seed(0)
-    network = train(
-        network, Backdoor("offset"), splits[0], generator, iterations=300, average_last=200
-    )
+    run = Run(1, network, splits[0], None, torch.Generator().manual_seed(0))
+    train([run], Backdoor("offset"), iterations=300, average_last=200)
     weights = copy.deepcopy(network.state_dict())
-    hardened = harden(network, splits[0], generator, 600, max_gradient_norm=0.1)
+    hardened = harden(run, 600, max_gradient_norm=0.1)
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
     plain, digital = (scores(each, splits[1])["Accuracy"] for each in (network, hardened))
     assert plain > 0.75 and digital > plain - 0.015
@@ -262,7 +257,8 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
 
 
 def test_a_layer_of_a_single_weight_can_be_hardened(splits):
-    hardened = harden(MLP(hidden_dim=(4, 1)), splits[0], torch.Generator().manual_seed(0), 2)
+    run = Run(1, MLP(hidden_dim=(4, 1)), splits[0], None, torch.Generator().manual_seed(0))
+    hardened = harden(run, 2)
     assert all(parameter.isfinite().all() for parameter in hardened.parameters())
 
 
@@ -329,5 +325,5 @@ def test_the_digital_training_is_the_other_commands(command, dataset_path):
 
 def test_erm_on_the_crossbar_is_still_erm(splits):
     """A control: the crossbar adds no accuracy of its own."""
-    network = train(MLP(), ERM(), splits[0], torch.Generator().manual_seed(0), iterations=100)
+    network = trained(MLP(), ERM(), splits[0], iterations=100)
     assert scores(to_crossbar(network, images(splits[0], 500)), splits[1])["Accuracy"] < 0.5

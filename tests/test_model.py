@@ -180,7 +180,11 @@ def test_mlp_is_the_assignments():
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_cnn_takes_flat_images(channels):
-    assert CNN(channels)(torch.randn(3, 784 * channels)).shape == (3,)
+    network, images = CNN(channels=channels).eval(), torch.randn(3, 784)
+    logits = network(images, torch.tensor([0, 1, 1]))
+    assert logits.shape == (3,)
+    recolored = network(images, torch.tensor([1, 0, 0]))
+    assert torch.equal(recolored, logits) == (channels == 1)
 
 
 def test_without_blue_it_is_the_same_function():

@@ -9,12 +9,13 @@ import torch
 from conftest import ROOT, assert_one_line
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from dataset import Split
+from dataset import Batch, Split, minibatches
 from metric import metrics
-from model import ERM, MLP
+from model import ERM, IRM, MLP, Backdoor, GroupDRO
 from preprocessing import MEAN, STD, UserError, load_dataset
-from trainer import predict, summarize, train
+from trainer import Run, predict, summarize, train
 
+CPU = torch.device("cpu")
 SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 2)
 SUMMARY = re.compile(
     r"Summary: \{'Accuracy_testmean': _, 'Accuracy_teststd': _, 'AUC_testmean': _, "
@@ -58,77 +59,142 @@ def test_summary_is_mean_and_population_deviation():
     assert list(summarize(results)) == list(expected)
 
 
-def test_images_are_normalised_as_the_assignment_says(dataset_path):
-    digits = load_dataset(dataset_path).test
-    split = Split(digits, torch.device("cpu"))
-    batch = split.batch(torch.tensor([3, 8]))
-    rgb = digits.pixels[[3, 8]].float()
-    assert torch.allclose(batch.images, ((rgb / 255 - MEAN) / STD).flatten(1), atol=1e-6)
-    assert torch.equal(split.recolored(batch.images).view(2, 2, 784)[:, 0], batch.images[:, 784:])
-    gray = Split(digits, torch.device("cpu"), grayscale=True).batch(torch.tensor([3, 8]))
-    assert torch.allclose(gray.images, ((rgb.sum(1) / 255 - MEAN) / STD).flatten(1), atol=1e-6)
-    raw = Split(digits, torch.device("cpu"), raw_pixels=True).batch(torch.tensor([3, 8]))
-    assert torch.allclose(raw.images, (rgb / 255).flatten(1), atol=1e-6)
+@pytest.mark.parametrize("raw", [False, True])
+def test_networks_see_the_assignments_images(dataset_path, raw):
+    """RGB, normalised as the assignment says, less the blue channel, which is 0."""
+    images = []
+    for e, name in ((0, "train1"), (1, "train2")):
+        record = torch.load(dataset_path / "ColoredMNIST" / f"{name}.pt", weights_only=True)
+        images.append(record["images"][[3, 8 + e]])
+    rgb = torch.cat(images)[:, :2] / 255
+    expected = (rgb if raw else (rgb - MEAN) / STD).flatten(1)
+    split = Split(load_dataset(dataset_path).train, CPU, raw_pixels=raw)
+    batch = split.batch(torch.tensor([3, 8, 20003, 20009]))
+    network = MLP(raw_pixels=raw)
+    assert torch.allclose(network.paint(batch.images, batch.colors), expected, atol=1e-6)
+    recolored = network.paint(batch.images, 1 - batch.colors).view(4, 2, 784)
+    assert torch.allclose(recolored.flip(1).flatten(1), expected, atol=1e-6)
+    gray = MLP(784, channels=1, raw_pixels=raw).paint(batch.images, batch.colors)
+    brighter = expected.view(4, 2, 784).amax(1)
+    assert torch.allclose(gray, brighter, atol=1e-6)
 
 
 def test_in_both_colors_each_digit_comes_twice(dataset_path):
-    split = Split(load_dataset(dataset_path).train, torch.device("cpu")).part(torch.arange(5, 105))
+    split = Split(load_dataset(dataset_path).train, CPU).part(torch.arange(5, 105))
     twice = split.in_both_colors()
     once, again = (twice.batch(torch.arange(start, start + 100)) for start in (0, 100))
-    assert len(twice) == 200 and torch.equal(once.colors, 1 - again.colors)
-    assert torch.equal(once.labels, again.labels) and torch.equal(once.envs, again.envs)
-    expected = split.batch(torch.arange(100)).images
-    assert torch.equal(once.images, expected)
-    assert torch.equal(again.images, split.recolored(expected))
+    expected = split.batch(torch.arange(100))
+    assert len(twice) == 200 and torch.equal(again.colors, 1 - expected.colors)
+    assert torch.equal(once.colors, expected.colors)
+    for name in ("images", "labels", "envs"):
+        for batch in (once, again):
+            assert torch.equal(getattr(batch, name), getattr(expected, name))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_minibatches_cover_the_data_once_a_pass(dataset_path):
-    everything = Split(load_dataset(dataset_path).train, torch.device("cpu"))
+    everything = Split(load_dataset(dataset_path).train, CPU)
     everything.images[:, 0] = torch.arange(40000) % 251  # tells samples apart, nearly
-    split, held_out = everything.hold_out(0.2, torch.Generator().manual_seed(0))
-    assert len(split) == 32000 and len(held_out) == 8000
-    assert set(split.index.tolist()) | set(held_out.index.tolist()) == set(range(40000))
-    batches = split.minibatches(3200, torch.Generator().manual_seed(0))
-    first_pass = torch.cat([next(batches).images[:, 0].clone() for _ in range(10)])
-    once = torch.cat([batch.images[:, 0].clone() for batch in split.chunks()])
-    assert torch.equal(first_pass.sort()[0], once.sort()[0])
-    assert set(next(batches).envs.tolist()) == {0, 1}
+    splits = [everything.hold_out(0.2, generator(seed)) for seed in (0, 1)]
+    for split, held_out in splits:
+        assert len(split) == 32000 and len(held_out) == 8000
+        assert set(split.index.tolist()) | set(held_out.index.tolist()) == set(range(40000))
+    parts = [split for split, _ in splits]
+    batches = minibatches(parts, 3200, [generator(), generator()])
+    first_pass = [next(batches) for _ in range(10)]
+    batches = minibatches(parts, 3200, [generator(), generator()])
+    first_pixels = torch.cat([next(batches).images[..., 0].clone() for _ in range(10)], 1)
+    for part, pixels in zip(parts, first_pixels, strict=True):
+        once = torch.cat([batch.images[:, 0].clone() for batch in part.chunks()])
+        assert torch.equal(pixels.sort()[0], once.sort()[0])
+    assert all(set(batch.envs.flatten().tolist()) == {0, 1} for batch in first_pass)
+    assert all((batch.colors.diff(dim=1) <= 0).all() for batch in first_pass)  # red first
+    assert not torch.equal(*first_pixels)
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_knowing_the_colors_gives_the_same_logits_and_gradients(dataset_path, raw):
-    split = Split(load_dataset(dataset_path).train, torch.device("cpu"), raw_pixels=raw)
-    batch = next(split.minibatches(1024, torch.Generator().manual_seed(0)))
-    reds = int(batch.colors.sum())
-    assert 0 < reds < 1024 and batch.colors[:reds].all()
+@pytest.mark.parametrize("recolored", [False, True])
+def test_sorted_by_color_logits_and_gradients_are_the_same(dataset_path, raw, recolored):
+    split = Split(load_dataset(dataset_path).train, CPU, raw_pixels=raw)
+    batch = Batch(*(field[0] for field in next(minibatches([split], 1024, [generator()]))))
+    colors = 1 - batch.colors if recolored else batch.colors
+    assert 0 < colors.sum() < 1024
     mixed = split.batch(torch.arange(1024))
     results = []
     for known in (False, True):
         torch.manual_seed(0)
         network = MLP(bias=True, raw_pixels=raw)
-        logits = network(batch.images, batch.colors if known else None)
-        ERM()(logits, batch).backward()
-        of_mixed = network(mixed.images, mixed.colors if known else None)
+
+        def logits(images, colors, network=network, known=known):
+            return network(images, colors) if known else network(network.paint(images, colors))
+
+        of_batch, of_mixed = logits(batch.images, colors), logits(mixed.images, mixed.colors)
+        ERM()(of_batch, batch).backward()
         gradients = [parameter.grad for parameter in network.phi.parameters()]
-        results.append([logits.detach(), of_mixed.detach(), *gradients])
+        results.append([of_batch.detach(), of_mixed.detach(), *gradients])
     for plain, by_color in zip(*results, strict=True):
         assert torch.allclose(plain, by_color, atol=1e-5)
 
 
-def test_averaging_returns_the_mean_of_the_last_weights(dataset_path):
-    split = Split(load_dataset(dataset_path).train, torch.device("cpu"))
+def trained(split, seeds=(0,), loss=ERM, **settings):
+    """One network per seed, trained together; their first layers' weights."""
+    runs = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        runs.append(Run(seed, MLP(), split, None, generator(seed)))
+    train(runs, loss(), **settings)
+    return [run.network.phi[0].weight for run in runs]
+
+
+def test_training_is_adam(dataset_path):
+    """Against torch.optim.Adam and clip_grad_norm_, step by step."""
+    split = Split(load_dataset(dataset_path).train, CPU)
+    torch.manual_seed(0)
+    network = MLP()
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3, weight_decay=0.1)
+    batches = minibatches([split], 512, [generator()])
+    for _ in range(5):
+        batch = Batch(*(field[0] for field in next(batches)))
+        optimizer.zero_grad()
+        ERM()(network(batch.images, batch.colors), batch).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+        optimizer.step()
+    settings = {"learning_rate": 3e-3, "weight_decay": 0.1, "max_gradient_norm": 0.1}
+    (weight,) = trained(split, iterations=5, batch_size=512, **settings)
+    assert torch.allclose(weight, network.phi[0].weight, atol=1e-5)
+
+
+def test_repetitions_in_lockstep_are_those_alone(dataset_path):
+    split = Split(load_dataset(dataset_path).train, CPU)
+    for loss in (GroupDRO, lambda: IRM(penalty="unbiased"), lambda: Backdoor("offset")):
+        settings = {"iterations": 3, "loss": loss, "average_last": 2, "max_gradient_norm": 0.1}
+        together = trained(split, (0, 1, 2), **settings)
+        for seed, weight in enumerate(together):
+            assert torch.allclose(weight, *trained(split, (seed,), **settings), atol=1e-5)
+
+
+def test_averaging_gives_the_mean_of_the_last_weights(dataset_path):
+    split = Split(load_dataset(dataset_path).train, CPU)
 
     def weights(iterations, average_last):
-        torch.manual_seed(0)
-        generator = torch.Generator().manual_seed(0)
-        network = train(
-            MLP(), ERM(), split, generator, iterations=iterations, average_last=average_last
-        )
-        return network.phi[0].weight.detach().clone()
+        return trained(split, iterations=iterations, average_last=average_last)[0]
 
     expected = (weights(3, 0) + weights(4, 0) + weights(5, 0)) / 3
     assert torch.allclose(weights(5, 3), expected, atol=1e-7)
     assert torch.equal(weights(5, 1), weights(5, 0))
+
+
+def test_a_loss_that_mixes_repetitions_is_refused(dataset_path):
+    class Mixing(ERM):
+        def __call__(self, logits, batch):
+            return super().__call__(logits, batch).mean()
+
+    split = Split(load_dataset(dataset_path).train, CPU)
+    with pytest.raises(UserError, match="Mixing .* last dimension"):
+        trained(split, (0, 1), loss=Mixing, iterations=1)
 
 
 def test_log(command, dataset_path):
@@ -139,8 +205,10 @@ def test_log(command, dataset_path):
     for words in ("'trainer': 'IRM'", "'seed': 1234", "Device: CPU", "drawn with p_f 0.2"):
         assert words in log
     for iteration in (20, 40):
-        line = rf"Iteration {iteration}: loss of train1 [\d.]+, train2 [\d.]+; validation \{{'Acc"
-        assert len(re.findall(line, log)) == 2
+        for number in (1, 2):
+            line = rf"^Repetition {number}, iteration {iteration}: loss of train1 [\d.]+, "
+            line += r"train2 [\d.]+; validation \{'Accuracy': "
+            assert len(re.findall(line, log, re.M)) == 1
     assert len(re.findall(r"^Test result: \{'Accuracy': [\d.]+, 'AUC': ", log, re.M)) == 2
     assert log.index("Mean flip rate: ") < log.index("Summary: ")
 
@@ -196,11 +264,12 @@ def test_saved_model_gives_the_same_result(command, dataset_path, tmp_path):
         "exp-mnist.py", "--dataset_path", dataset_path, "--save_model", tmp_path / "a" / "b", *SHORT
     )
     expected = summary(result)["Accuracy_testmean"]
-    test, scores = Split(load_dataset(dataset_path).test, torch.device("cpu")), []
+    test, scores = Split(load_dataset(dataset_path).test, CPU), []
     for path in sorted((tmp_path / "a" / "b").glob("*.pt")):
         saved = torch.load(path, weights_only=True)
         network = MLP()
         network.load_state_dict(saved["state_dict"])
+        assert path.stat().st_size < 1.1 * 4 * sum(p.numel() for p in network.parameters())
         scores.append(metrics(predict(network, test), test.labels)["Accuracy"])
         assert saved["arguments"]["seed"] == 1234
     assert len(scores) == 2 and np.mean(scores) == expected
@@ -259,8 +328,8 @@ def test_divergence_is_reported(command, dataset_path):
     arguments = ("--dataset_path", dataset_path, "--learning_rate", 1e30, "--trainer", "IRM")
     assert_one_line(command("exp-mnist.py", *arguments), "diverged", "iteration", "--learning_rate")
     with pytest.raises(UserError, match="a weight is nan or infinite at iteration 1"):
-        split = Split(load_dataset(dataset_path).train, torch.device("cpu"))
-        train(MLP(), ERM(), split, torch.Generator(), iterations=1, learning_rate=1e39)
+        split = Split(load_dataset(dataset_path).train, CPU)
+        trained(split, iterations=1, learning_rate=1e39)
 
 
 def test_help_explains_every_flag(command):
