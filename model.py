@@ -35,6 +35,7 @@ class Network(nn.Module):
         "average_last": 0.25,
         "drop_rate": 0.0,
         "init_scale": 1.0,
+        "epsilon": 1e-8,
     }
 
     def __init__(self, phi: nn.Sequential, channels: int = 2, raw_pixels: bool = False):
@@ -171,12 +172,11 @@ class CNN(Network):
         channels, raw_pixels: as in `Network`.
     """
 
-    defaults = {
+    defaults = Network.defaults | {
         "batch_size": 384,
         "iteration": 700,
         "average_last": 0.75,
         "drop_rate": 0.3,
-        "init_scale": 1.0,
     }
 
     def __init__(
@@ -349,8 +349,9 @@ class Backdoor(Loss):
             adjustment, Menon et al. 2021), counted over the minibatches so far.
     """
 
-    # Small first weights and a long average, as what is left of random weights is noise.
-    defaults = {"average_last": 0.75, "init_scale": 0.3}
+    # All against noise: first weights whose remains are small, a long average, and an epsilon that
+    # keeps Adam from making long steps of the tiny gradients that pixels seldom lit have.
+    defaults = {"average_last": 0.75, "init_scale": 0.3, "epsilon": 1e-4}
 
     def __init__(self, adjustment: str = "weights"):
         self.adjustment = adjustment

@@ -72,6 +72,7 @@ def training_parser(description: str) -> Parser:
         ),
         ("drop_rate", number(float, 0, 0.99), "proportion of hidden units dropped, 0 to 0.99"),
         ("init_scale", rate, "factor of the first layer's initial weights"),
+        ("epsilon", rate, "what Adam adds to the root of its second moment"),
     ):
         having = {k: c for k, c in (NETWORKS | TRAINERS).items() if name in c.defaults}
         own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in having.items())
@@ -194,6 +195,7 @@ def repetitions(
     settings = {
         "batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
+        "epsilon": args.epsilon,
         "weight_decay": args.weight_decay,
         "max_gradient_norm": args.max_gradient_norm,
         "evaluation_steps": args.evaluation_steps,
@@ -249,6 +251,7 @@ def train(
     iterations: int = 400,
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
+    epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     max_gradient_norm: float = 0.0,
     average_last: int = 0,
@@ -261,6 +264,7 @@ def train(
     Args:
         runs: their training data are parts of one split.
         loss: made for this training; called with the logits of all runs, (R, N).
+        learning_rate, epsilon, weight_decay: of Adam (Kingma & Ba 2015; weight decay is L2).
         max_gradient_norm: a network's longer gradients are shortened to this norm (Pascanu et al.
             2013, "On the difficulty of training recurrent neural networks"). IRM's first gradients
             are tens of times as long as its later ones, and Adam's memory of them would shorten all
@@ -313,7 +317,7 @@ def train(
             beta2=0.999,
             lr=learning_rate,
             weight_decay=weight_decay / loss.divisor,
-            eps=1e-8,
+            eps=epsilon,
             maximize=False,
         )
         if iteration > iterations - average_last:

@@ -77,7 +77,13 @@ def main() -> None:
         loss = Watched(construct(TRAINERS[name], vars(options)), args.every, note)
         generator = torch.Generator().manual_seed(1000 * args.seed)
         run_of_one = Run(1, network, kept, None, generator)
-        train([run_of_one], loss, max_gradient_norm=0.1, evaluation_steps=10**9)
+        train(
+            [run_of_one],
+            loss,
+            epsilon=options.epsilon,
+            max_gradient_norm=options.max_gradient_norm,
+            evaluation_steps=10**9,
+        )
         iterations = [args.every * step for step in range(len(curves))]
         styles = zip(ENVIRONMENTS, zip(*curves, strict=True), ("--", ":", "-"), strict=True)
         for environment, accuracies, style in styles:

@@ -154,7 +154,7 @@ def test_training_is_adam(dataset_path):
     split = Split(load_dataset(dataset_path).train, CPU)
     torch.manual_seed(0)
     network = MLP()
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3, weight_decay=0.1)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3, eps=1e-3, weight_decay=0.1)
     batches = minibatches([split], 512, [generator()])
     for _ in range(5):
         batch = Batch(*(field[0] for field in next(batches)))
@@ -162,8 +162,8 @@ def test_training_is_adam(dataset_path):
         ERM()(network(batch.images, batch.colors), batch).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
         optimizer.step()
-    settings = {"learning_rate": 3e-3, "weight_decay": 0.1, "max_gradient_norm": 0.1}
-    (weight,) = trained(split, iterations=5, batch_size=512, **settings)
+    settings = {"learning_rate": 3e-3, "epsilon": 1e-3, "weight_decay": 0.1}
+    (weight,) = trained(split, iterations=5, batch_size=512, max_gradient_norm=0.1, **settings)
     assert torch.allclose(weight, network.phi[0].weight, atol=1e-5)
 
 
@@ -298,6 +298,7 @@ def test_a_loss_of_ones_own_takes_ten_lines(command, dataset_path, tmp_path):
         (("--hidden_dim", 64, 0), ("--hidden_dim",)),
         (("--learning_rate", "nan"), ("--learning_rate", "nan")),
         (("--learning_rate", 0), ("--learning_rate",)),
+        (("--epsilon", 0), ("--epsilon",)),
         (("--weight_decay", -1), ("--weight_decay",)),
         (("--drop_rate", 1), ("--drop_rate",)),
         (("--eta", "inf"), ("--eta",)),
@@ -309,6 +310,7 @@ def test_a_loss_of_ones_own_takes_ten_lines(command, dataset_path, tmp_path):
         (("--data_seed", "x"), ("--data_seed",)),
         (("--p_f", 1.1), ("--p_f",)),
         (("--p_e", 0.1, 0.4), ("--p_e",)),
+        (("--sizes", 100, 100, 100), ("[20000, 20000, 20000]", "[100, 100, 100]")),
         (("--image_size", 27), ("--image_size",)),
         (("--penalty", "none"), ("--penalty",)),
         (("--network", "CNN", "--image_size", 14), ("CNN", "28")),
