@@ -1,6 +1,8 @@
 """Stored digits → tensors on the device, and minibatches of them."""
 
 import copy
+import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -119,12 +121,13 @@ class Split:
 
 
 def minibatches(
-    parts: Sequence[Split], size: int, generators: Sequence[torch.Generator]
+    parts: Sequence[Split], size: int, generators: Sequence[torch.Generator], shift: int = 0
 ) -> Iterator[Batch]:
     """Endless minibatches of R parts of one split, stacked, (R, N, …); see `Split.batches`.
 
     A minibatch has all environments together, red digits first. Each pass through a part is without
-    replacement and in a new order; what is left of it below `size` is dropped.
+    replacement and in a new order; what is left of it below `size` is dropped. Each part's images
+    are moved together, by up to `shift` pixels either way, down and to the right.
     """
     count = len(parts[0])
     size = min(size, count)
@@ -141,4 +144,15 @@ def minibatches(
             order = parts[0].colors[index].argsort(dim=-1, descending=True, stable=True)
             yield from index.gather(-1, order).unbind(1)
 
-    return parts[0].batches(indices())
+    for batch in parts[0].batches(indices()):
+        if shift:
+            moved = map(functools.partial(move, shift), batch.images, generators)
+            batch = batch._replace(images=torch.stack(list(moved)))
+        yield batch
+
+
+def move(shift: int, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, pixels), moved at random; what leaves on one side, black, enters on the other."""
+    side = math.isqrt(images.shape[1])
+    by = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
+    return images.unflatten(1, (side, side)).roll(by, (1, 2)).flatten(1)

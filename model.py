@@ -36,6 +36,7 @@ class Network(nn.Module):
         "drop_rate": 0.0,
         "init_scale": 1.0,
         "epsilon": 1e-8,
+        "shift": 0,
     }
 
     def __init__(self, phi: nn.Sequential, channels: int = 2, raw_pixels: bool = False):
@@ -174,9 +175,10 @@ class CNN(Network):
 
     defaults = Network.defaults | {
         "batch_size": 384,
-        "iteration": 700,
+        "iteration": 1000,
         "average_last": 0.75,
         "drop_rate": 0.3,
+        "shift": 2,
     }
 
     def __init__(

@@ -73,6 +73,7 @@ def training_parser(description: str) -> Parser:
         ("drop_rate", number(float, 0, 0.99), "proportion of hidden units dropped, 0 to 0.99"),
         ("init_scale", rate, "factor of the first layer's initial weights"),
         ("epsilon", rate, "what Adam adds to the root of its second moment"),
+        ("shift", number(int, 0, 13), "pixels by which minibatches are moved at most, 0 to 13"),
     ):
         having = {k: c for k, c in (NETWORKS | TRAINERS).items() if name in c.defaults}
         own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in having.items())
@@ -198,6 +199,7 @@ def repetitions(
         "epsilon": args.epsilon,
         "weight_decay": args.weight_decay,
         "max_gradient_norm": args.max_gradient_norm,
+        "shift": args.shift,
         "evaluation_steps": args.evaluation_steps,
     }
     train(
@@ -255,6 +257,7 @@ def train(
     weight_decay: float = 0.0,
     max_gradient_norm: float = 0.0,
     average_last: int = 0,
+    shift: int = 0,
     evaluation_steps: int = 20,
 ) -> None:
     """Minimise the loss with Adam, in place; leaves the networks in evaluation mode.
@@ -272,6 +275,7 @@ def train(
         average_last: the networks get the mean of the weights after each of the last so many
             iterations (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
             generalization"); 0: the last weights.
+        shift: pixels by which a minibatch is moved at most, at random.
         evaluation_steps: iterations from one log line to the next.
 
     Raises:
@@ -284,7 +288,8 @@ def train(
     set_weights(parameters, weights)
     first_moment, second_moment, sum_of_weights = (torch.zeros_like(weights) for _ in range(3))
     step = torch.zeros((), device=weights.device)
-    batches = minibatches([run.train for run in runs], batch_size, [run.generator for run in runs])
+    parts, generators = [run.train for run in runs], [run.generator for run in runs]
+    batches = minibatches(parts, batch_size, generators, shift)
     progress = tqdm(range(1, iterations + 1), disable=None, leave=False)
     for iteration, batch in zip(progress, batches, strict=False):
         inputs = zip(runs, batch.images, batch.colors, strict=True)
@@ -331,7 +336,7 @@ def train(
                 if run.validation is not None:
                     line += f"; validation {evaluate(run.network, run.validation)}"
                     run.network.train()
-                print(line)
+                print(line, flush=True)
     if not weights.isfinite().all():
         raise diverged(iterations, "a weight")
     trained = sum_of_weights / average_last if average_last else weights

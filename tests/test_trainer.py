@@ -1,6 +1,7 @@
 """Training and its two promises: the log's form, and the accuracies of the assignment."""
 
 import ast
+import itertools
 import re
 
 import numpy as np
@@ -113,6 +114,29 @@ def test_minibatches_cover_the_data_once_a_pass(dataset_path):
     assert all(set(batch.envs.flatten().tolist()) == {0, 1} for batch in first_pass)
     assert all((batch.colors.diff(dim=1) <= 0).all() for batch in first_pass)  # red first
     assert not torch.equal(*first_pixels)
+
+
+def test_minibatches_are_moved(dataset_path):
+    split = Split(load_dataset(dataset_path).train, CPU)
+    moves = set()
+    for still, moved in itertools.islice(
+        zip(
+            minibatches([split], 500, [generator()]),
+            minibatches([split], 500, [generator()], shift=2),
+            strict=False,
+        ),
+        40,
+    ):
+        assert torch.equal(still.labels, moved.labels)
+        images, here = still.images.view(500, 28, 28), moved.images.view(500, 28, 28)
+        (by,) = [
+            (down, right)
+            for down in range(-3, 4)
+            for right in range(-3, 4)
+            if torch.equal(images[:, 9:19, 9:19], here[:, 9 + down :, 9 + right :][:, :10, :10])
+        ]
+        moves.add(by)
+    assert len(moves) > 15 and {abs(step) for by in moves for step in by} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -250,7 +274,7 @@ def test_accuracy_with_default_hyperparameters(command, dataset_path, arguments,
         ("--bias", "--batchnorm", "--drop_rate", 0.2, "--hidden_dim", 32, 16, 8),
         ("--network", "cnn", "--batch_size", 64),
         ("--grayscale", "--raw_pixels", "--image_size", 14, "--validation", 0, "--average_last", 0),
-        ("--penalty", "plain", "--anneal_iterations", 2, "--weight_decay", 0.001),
+        ("--penalty", "plain", "--anneal_iterations", 2, "--weight_decay", 0.001, "--shift", 1),
     ],
 )
 def test_options_train(command, dataset_path, arguments):
@@ -299,6 +323,7 @@ def test_a_loss_of_ones_own_takes_ten_lines(command, dataset_path, tmp_path):
         (("--learning_rate", "nan"), ("--learning_rate", "nan")),
         (("--learning_rate", 0), ("--learning_rate",)),
         (("--epsilon", 0), ("--epsilon",)),
+        (("--shift", 14), ("--shift", "13")),
         (("--weight_decay", -1), ("--weight_decay",)),
         (("--drop_rate", 1), ("--drop_rate",)),
         (("--eta", "inf"), ("--eta",)),
