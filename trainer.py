@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import itertools
 import math
 import runpy
 import statistics
@@ -145,6 +146,18 @@ def construct(cls: type, options: dict) -> object:
     return cls(**{name: value for name, value in options.items() if name in known})
 
 
+# Arguments that go to `train` as they are.
+SETTINGS = (
+    "batch_size",
+    "learning_rate",
+    "epsilon",
+    "weight_decay",
+    "max_gradient_norm",
+    "shift",
+    "evaluation_steps",
+)
+
+
 class Run(NamedTuple):
     """One repetition: what is trained, and on what."""
 
@@ -193,15 +206,7 @@ def repetitions(
         start(args, number, all_train, given_validation)
         for number in range(1, args.repetitions + 1)
     ]
-    settings = {
-        "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
-        "epsilon": args.epsilon,
-        "weight_decay": args.weight_decay,
-        "max_gradient_norm": args.max_gradient_norm,
-        "shift": args.shift,
-        "evaluation_steps": args.evaluation_steps,
-    }
+    settings = {name: getattr(args, name) for name in SETTINGS}
     train(
         runs,
         construct(TRAINERS[args.trainer], vars(args)),
@@ -282,10 +287,11 @@ def train(
         UserError: an objective or a weight is no longer finite, or an objective is not one number
             for each run.
     """
-    parameters = [[p for p in run.network.train().parameters() if p.requires_grad] for run in runs]
-    # One row per network, which the networks' own parameters are views of from now on.
-    weights = torch.stack([parameters_to_vector(own) for own in parameters]).detach()
-    set_weights(parameters, weights)
+    # All weights in one matrix, a row for each network, whose own parameters become views of it.
+    of_each = [[p for p in run.network.train().parameters() if p.requires_grad] for run in runs]
+    parameters = list(itertools.chain.from_iterable(of_each))
+    weights = torch.stack([parameters_to_vector(own) for own in of_each]).detach()
+    set_weights(of_each, weights)
     first_moment, second_moment, sum_of_weights = (torch.zeros_like(weights) for _ in range(3))
     step = torch.zeros((), device=weights.device)
     parts, generators = [run.train for run in runs], [run.generator for run in runs]
@@ -303,8 +309,8 @@ def train(
         objective = objectives.sum()
         if not math.isfinite(objective.item()):
             raise diverged(iteration, "the objective")
-        objective.backward()
-        gradients = torch.stack([parameters_to_vector(p.grad for p in own) for own in parameters])
+        gradients = torch.autograd.grad(objective, parameters, materialize_grads=True)
+        gradients = torch.cat([gradient.flatten() for gradient in gradients]).view_as(weights)
         if max_gradient_norm:
             norms = gradients.norm(dim=-1, keepdim=True)
             gradients *= (max_gradient_norm / norms).clamp(max=1)
@@ -327,8 +333,6 @@ def train(
         )
         if iteration > iterations - average_last:
             sum_of_weights += weights
-        for run in runs:
-            run.network.zero_grad()
         if iteration % evaluation_steps == 0:
             for run, risks in zip(runs, loss.risks(logits.detach(), batch).tolist(), strict=True):
                 line = f"Repetition {run.number}, iteration {iteration}: "
@@ -340,7 +344,7 @@ def train(
     if not weights.isfinite().all():
         raise diverged(iterations, "a weight")
     trained = sum_of_weights / average_last if average_last else weights
-    set_weights(parameters, [row.clone() for row in trained])  # no memory shared between networks
+    set_weights(of_each, [row.clone() for row in trained])  # no memory shared between networks
     for run in runs:
         finish(run, average_last > 0)
 
