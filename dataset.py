@@ -50,7 +50,6 @@ class Split:
         self.colors = digits.colors.long().to(device)
         self.envs = digits.envs.to(device)
         self.index = torch.arange(len(self.labels), device=device)
-        self.kept_chunks = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -59,25 +58,17 @@ class Split:
         """The samples at these positions, as a split that shares this one's memory."""
         part = copy.copy(self)
         part.index = self.index[positions.to(self.index.device)]
-        part.kept_chunks = None
         return part
 
     def by_color(self) -> "Split":
         """The same samples, red digits first, in their order otherwise."""
         return self.part(self.colors[self.index].argsort(descending=True, stable=True))
 
-    def keep_chunks(self) -> "Split":
-        """The same split with `chunks` made once, in four times the memory."""
-        kept = copy.copy(self)
-        kept.kept_chunks = [b._replace(images=b.images.clone()) for b in self.chunks()]
-        return kept
-
     def to(self, device: torch.device) -> "Split":
         """The same split on another device."""
         moved = copy.copy(self)
         for name in ("images", "labels", "colors", "envs", "index"):
             setattr(moved, name, getattr(self, name).to(device))
-        moved.kept_chunks = None
         return moved
 
     def in_both_colors(self) -> "Split":
@@ -87,7 +78,6 @@ class Split:
         for name in ("images", "labels", "envs"):
             setattr(twice, name, torch.cat([getattr(self, name)] * 2))
         twice.index = torch.cat([self.index, self.index + len(self.labels)])
-        twice.kept_chunks = None
         return twice
 
     def hold_out(self, proportion: float, generator: torch.Generator) -> tuple["Split", "Split"]:
@@ -102,7 +92,7 @@ class Split:
 
     def chunks(self) -> Iterator[Batch]:
         """The whole split, in order, `CHUNK` samples at a time, as `batches` gives them."""
-        return iter(self.kept_chunks or self.batches(self.index.split(CHUNK)))
+        return self.batches(self.index.split(CHUNK))
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """The digits at each of `indices` (…, N); each batch overwrites the last one's images.
@@ -126,8 +116,8 @@ def minibatches(
     """Endless minibatches of R parts of one split, stacked, (R, N, …); see `Split.batches`.
 
     A minibatch has all environments together, red digits first. Each pass through a part is without
-    replacement and in a new order; what is left of it below `size` is dropped. Each part's images
-    are moved together, by up to `shift` pixels either way, down and to the right.
+    replacement and in a new order; what is left of it below `size` is dropped. Each image is moved
+    at random, by up to `shift` pixels up or down and as many to the left or right.
     """
     count = len(parts[0])
     size = min(size, count)
@@ -152,7 +142,9 @@ def minibatches(
 
 
 def move(shift: int, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, pixels), moved at random; what leaves on one side, black, enters on the other."""
-    side = math.isqrt(images.shape[1])
-    by = torch.randint(-shift, shift + 1, (2,), generator=generator).tolist()
-    return images.unflatten(1, (side, side)).roll(by, (1, 2)).flatten(1)
+    """Images (N, pixels), each moved at random; what leaves on one side enters on the other."""
+    side, device = math.isqrt(images.shape[1]), images.device
+    by = torch.randint(-shift, shift + 1, (2, len(images), 1), generator=generator).to(device)
+    rows, columns = (torch.arange(side, device=device) - by) % side
+    every = torch.arange(len(images), device=device)[:, None, None]
+    return images.unflatten(1, (side, side))[every, rows[:, :, None], columns[:, None]].flatten(1)

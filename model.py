@@ -175,7 +175,7 @@ class CNN(Network):
 
     defaults = Network.defaults | {
         "batch_size": 384,
-        "iteration": 1000,
+        "iteration": 1500,
         "average_last": 0.75,
         "drop_rate": 0.3,
         "shift": 2,

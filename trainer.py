@@ -74,7 +74,7 @@ def training_parser(description: str) -> Parser:
         ("drop_rate", number(float, 0, 0.99), "proportion of hidden units dropped, 0 to 0.99"),
         ("init_scale", rate, "factor of the first layer's initial weights"),
         ("epsilon", rate, "what Adam adds to the root of its second moment"),
-        ("shift", number(int, 0, 13), "pixels by which minibatches are moved at most, 0 to 13"),
+        ("shift", number(int, 0, 13), "pixels by which training images are moved at most, 0 to 13"),
     ):
         having = {k: c for k, c in (NETWORKS | TRAINERS).items() if name in c.defaults}
         own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in having.items())
@@ -241,7 +241,7 @@ def start(args: argparse.Namespace, number: int, data: Split, validation: Split 
     if validation is None and args.validation:
         data, validation = data.hold_out(args.validation, generator)
     if validation is not None:
-        validation = validation.by_color().keep_chunks()
+        validation = validation.by_color()
     # Initial weights and dropout are drawn by torch, which reads its global generator.
     torch.manual_seed(seed_of(args, number))
     channels = 1 if args.grayscale else 2
@@ -280,7 +280,7 @@ def train(
         average_last: the networks get the mean of the weights after each of the last so many
             iterations (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
             generalization"); 0: the last weights.
-        shift: pixels by which a minibatch is moved at most, at random.
+        shift: pixels by which each image is moved at most, at random.
         evaluation_steps: iterations from one log line to the next.
 
     Raises:
