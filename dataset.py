@@ -1,7 +1,6 @@
 """Stored digits → tensors on the device, and minibatches of them."""
 
 import copy
-import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -64,13 +63,6 @@ class Split:
         """The same samples, red digits first, in their order otherwise."""
         return self.part(self.colors[self.index].argsort(descending=True, stable=True))
 
-    def to(self, device: torch.device) -> "Split":
-        """The same split on another device."""
-        moved = copy.copy(self)
-        for name in ("images", "labels", "colors", "envs", "index"):
-            setattr(moved, name, getattr(self, name).to(device))
-        return moved
-
     def in_both_colors(self) -> "Split":
         """The same digits twice, also in the other colour; with the labels that they had."""
         twice = copy.copy(self)
@@ -86,15 +78,16 @@ class Split:
         count = max(1, round(proportion * len(self)))
         return self.part(order[count:]), self.part(order[:count])
 
-    def batch(self, positions: Tensor) -> Batch:
-        """The samples at `positions` (N,) of this split."""
-        return next(self.batches([self.index[positions]]))
-
     def chunks(self) -> Iterator[Batch]:
         """The whole split, in order, `CHUNK` samples at a time, as `batches` gives them."""
         return self.batches(self.index.split(CHUNK))
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+    def batches(
+        self,
+        indices: Iterable[Tensor],
+        shift: int = 0,
+        generators: Sequence[torch.Generator] = (),
+    ) -> Iterator[Batch]:
         """The digits at each of `indices` (…, N); each batch overwrites the last one's images.
 
         Sharing memory is for speed: to ask the system for it takes longer than to fill it.
@@ -105,7 +98,8 @@ class Split:
                 pixels = self.images.new_empty(index.numel(), self.images.shape[1])
                 images = pixels.float().view(*index.shape, -1)
             torch.index_select(self.images, 0, index.flatten(), out=pixels)
-            images.copy_(pixels.view_as(images))
+            drawn = move(pixels, shift, generators) if shift else pixels
+            images.copy_(drawn.view_as(images))
             torch.add(black, images, alpha=1 / (255 * self.std), out=images)
             yield Batch(images, self.labels[index], self.colors[index], self.envs[index])
 
@@ -134,17 +128,23 @@ def minibatches(
             order = parts[0].colors[index].argsort(dim=-1, descending=True, stable=True)
             yield from index.gather(-1, order).unbind(1)
 
-    for batch in parts[0].batches(indices()):
-        if shift:
-            moved = map(functools.partial(move, shift), batch.images, generators)
-            batch = batch._replace(images=torch.stack(list(moved)))
-        yield batch
+    return parts[0].batches(indices(), shift, generators)
 
 
-def move(shift: int, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, pixels), each moved at random; what leaves on one side enters on the other."""
-    side, device = math.isqrt(images.shape[1]), images.device
-    by = torch.randint(-shift, shift + 1, (2, len(images), 1), generator=generator).to(device)
-    rows, columns = (torch.arange(side, device=device) - by) % side
-    every = torch.arange(len(images), device=device)[:, None, None]
-    return images.unflatten(1, (side, side))[every, rows[:, :, None], columns[:, None]].flatten(1)
+def move(images: Tensor, shift: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """Bytes (R · N, pixels), each image moved in reading order by a number of rows and of pixels.
+
+    So what leaves a row enters the one beside it; what leaves at the top or the bottom is lost.
+    """
+    count, pixels = images.shape
+    side, each = math.isqrt(pixels), (2, count // len(generators))
+    draws = [
+        torch.randint(-shift, shift + 1, each, generator=generator) for generator in generators
+    ]
+    down, right = torch.cat(draws, 1).to(images.device)
+    margin = shift * (side + 1)
+    padded = images.new_zeros(count + 1, margin + pixels)
+    padded[:-1, margin:] = images
+    starts = padded.shape[1] * torch.arange(count, device=images.device) + margin
+    windows = padded.flatten().unfold(0, pixels, 1)
+    return windows.index_select(0, starts - side * down - right)

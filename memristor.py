@@ -7,8 +7,7 @@ Conductances are in siemens, resistances in ohms, voltages in volts, currents in
 
 import argparse
 import copy
-import functools
-import itertools
+import random
 import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -24,13 +24,15 @@ from tqdm import tqdm
 
 from dataset import Batch
 from model import Loss, Network
-from preprocessing import UserError, make_folder, number, run, save_figure
+from preprocessing import Parser, UserError, make_folder, number, run, save_figure
 from trainer import (
     Repetition,
     Run,
+    call,
     evaluate,
     parse_arguments,
     repetitions,
+    seed_of,
     summarize,
     train,
     training_parser,
@@ -52,7 +54,7 @@ HARDENING = 3
 NOT_INSTALLED = "MemTorch is not installed: run ./run.sh, or see 'The crossbar' in README.md"
 
 
-def device_factory(r_on: float, r_off: float, variability: float, generator: np.random.Generator):
+def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
     """What `patch_model` calls for each cell of a crossbar: returns a VTEAM device.
 
     Identical cells share one device object, as only its resistances are read; where devices vary,
@@ -60,19 +62,14 @@ def device_factory(r_on: float, r_off: float, variability: float, generator: np.
     deviation is `variability` times the mean, at least a tenth of the mean.
     """
     prototype = memtorch.bh.memristor.VTEAM(TIME_SERIES_RESOLUTION, r_off=r_off, r_on=r_on)
-    draws = itertools.chain.from_iterable(
-        np.clip(1 + variability * generator.standard_normal((65536, 2)), 0.1, None).tolist()
-        for _ in itertools.count()
-    )
+    draws = random.Random(seed)
 
     def make_device(cell: bool = False, reference: bool = False, **_):
         if reference or not cell or not variability:
             return prototype
-        of_on, of_off = next(draws)
-        device = object.__new__(type(prototype))
-        device.__dict__.update(prototype.__dict__)
-        device.r_on = r_on * of_on
-        device.r_off = max(r_off * of_off, device.r_on)
+        device = copy.copy(prototype)
+        device.r_on = r_on * max(0.1, draws.gauss(1, variability))
+        device.r_off = max(r_off * max(0.1, draws.gauss(1, variability)), device.r_on)
         return device
 
     return make_device
@@ -246,11 +243,10 @@ def to_crossbar(
     images = images.cpu()
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
-    generator = np.random.default_rng(fault_seed)
     with quick_crossbars():
         patch_model(
             crossbar,
-            memristor_model=device_factory(r_on, r_off, device_variability, generator),
+            memristor_model=device_factory(r_on, r_off, device_variability, fault_seed),
             memristor_model_params={"cell": True},
             module_parameters_to_patch=[nn.Linear, nn.Conv2d],
             mapping_routine=naive_map,
@@ -299,22 +295,19 @@ class StuckDevices(nn.Module):
     are limited to `LIMIT` standard deviations: the largest is then no rare outlier that makes each
     stuck device worse. The gradient passes through limit and damage unchanged (straight-through),
     so all weights learn to do without any of the others. Each step has a proportion of stuck
-    devices of its own, from none to `most`, so that the network is right with few of them as with
+    devices of its own, from none to `MOST`, so that the network is right with few of them as with
     many.
     """
 
     LIMIT = 0.7
-
-    def __init__(self, most: float):
-        super().__init__()
-        self.most = most
+    MOST = 0.3
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
         limit = self.LIMIT * values.std().item()
         positive, negative = values.clamp(0, limit), (-values).clamp(0, limit)
         if self.training:
-            proportion = self.most * torch.rand((), device=weight.device)
+            proportion = self.MOST * torch.rand((), device=weight.device)
             for devices in (positive, negative):
                 devices[torch.rand_like(devices) < proportion] = limit
         return weight + (positive - negative - values)
@@ -337,72 +330,43 @@ class Imitation(Loss):
         return self.losses(logits, batch._replace(labels=labels)).mean(-1)
 
 
-def harden(run: Run, iterations: int = 1200, most: float = 0.3, **settings) -> Network:
+def harden(run: Run, options: dict) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
     Args:
         run: the network to imitate, which is left as it is, and the images to imitate it on. They
             are shown in both colours: what counts is what it says of them.
-        iterations: of this second training; weights are averaged over the last quarter.
-        most: up to this proportion of the devices is stuck in training, 0 to 1, others each step.
-        settings: further arguments of `train`.
+        options: arguments of the training before, but this one takes `HARDENING` times as long.
     """
-    print(f"Hardening: {iterations} iterations")
+    options = options | {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
+    print(f"Hardening: {options['iteration']} iterations")
     hardened = copy.deepcopy(run.network)
     for layer in hardened.layers():
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if layer.weight.numel() > 1:
-            parametrize.register_parametrization(layer, "weight", StuckDevices(most))
+            parametrize.register_parametrization(layer, "weight", StuckDevices())
     run_on = run._replace(network=hardened, train=run.train.in_both_colors())
-    average_last = iterations // 4
-    loss = Imitation(run.network)
-    train([run_on], loss, iterations=iterations, average_last=average_last, **settings)
+    call(train, [run_on], Imitation(run.network), options=options)
     return hardened
 
 
-CROSSBAR_OPTIONS = (
-    "tile_shape",
-    "adc_resolution",
-    "r_on",
-    "r_off",
-    "max_input_voltage",
-    "lrs_proportion",
-    "hrs_proportion",
-    "conductance_states",
-    "device_variability",
-    "fault_seed",
-)
-
-
-def hardening(args: argparse.Namespace) -> Callable[..., Network]:
-    """`harden`, for as long as the arguments imply."""
-    return functools.partial(harden, iterations=HARDENING * args.iteration)
-
-
-def crossbar_parser():
+def crossbar_parser() -> Parser:
     parser = training_parser("Train on ColoredMNIST, move the network onto a memristor crossbar.")
-    side, ohms, proportion = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
+    side, amount, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     add = parser.add_argument
     add("--tile_shape", type=side, nargs=2, default=(128, 128), help="rows and columns of a tile")
     add("--adc_resolution", type=number(int, 2, 16), default=8, help="bits of the ADCs, 2 to 16")
-    add("--r_on", type=ohms, default=1.4e4, help="lowest resistance of a device, ohms")
-    add("--r_off", type=ohms, default=5e7, help="highest resistance of a device, ohms")
-    add("--max_input_voltage", type=ohms, default=0.3, help="voltage of the largest input, volts")
-    add("--lrs_proportion", type=proportion, default=0.0, help="devices stuck at r_on, 0 to 1")
-    add("--hrs_proportion", type=proportion, default=0.0, help="devices stuck at r_off, 0 to 1")
+    add("--r_on", type=amount, default=1.4e4, help="lowest resistance of a device, ohms")
+    add("--r_off", type=amount, default=5e7, help="highest resistance of a device, ohms")
+    add("--max_input_voltage", type=amount, default=0.3, help="voltage of the largest input, volts")
+    add("--lrs_proportion", type=share, default=0.0, help="devices stuck at r_on, 0 to 1")
+    add("--hrs_proportion", type=share, default=0.0, help="devices stuck at r_off, 0 to 1")
     add("--conductance_states", type=number(int, 2), help="states per device (default: any)")
-    add(
-        "--device_variability",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="standard deviation of r_on and r_off between devices, relative to their mean",
-    )
+    spread = "standard deviation of r_on and r_off between devices, relative to their mean, 0 to 1"
+    add("--device_variability", type=share, default=0.0, help=spread)
     add("--fault_seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the stuck devices")
-    add(
-        "--harden",
-        action="store_true",
-        help=f"train on for stuck devices, {HARDENING} times as long",
-    )
+    longer = f"train on for stuck devices, {HARDENING} times as long"
+    add("--harden", action="store_true", help=longer)
     add("--sweep", action="store_true", help="draw accuracy over stuck devices and ADC resolution")
     add("--fault_patterns", type=side, default=5, help="of --sweep, for each proportion")
     add("--figure", default="figures/crossbar.png", help="where --sweep saves its figure")
@@ -411,76 +375,69 @@ def crossbar_parser():
 
 def describe(crossbar: nn.Module) -> str:
     """How many layers, tiles and devices a crossbar has."""
-    columns = [
-        column
-        for layer in crossbar.phi
-        if isinstance(layer, CrossbarLayer)
-        for column in layer.layer.crossbars
-    ]
+    layers = [layer.layer for layer in crossbar.phi if isinstance(layer, CrossbarLayer)]
+    columns = [column for layer in layers for column in layer.crossbars]
     tiles = sum(len(column.devices) for column in columns)
     devices = sum(column.devices.size for column in columns)
-    return f"{len(columns) // 2} layers on {tiles} tiles, {devices} devices"
+    return f"{len(layers)} layers on {tiles} tiles, {devices} devices"
 
 
 def on_crossbar(repetition: Repetition, options: dict) -> tuple[nn.Module, dict[str, float]]:
     """A repetition's network on a crossbar calibrated with training images; its test result."""
-    network, calibration = repetition.network, next(repetition.train.chunks())
+    network, calibration = repetition.run.network, next(repetition.run.train.chunks())
     images = network.paint(calibration.images, calibration.colors)
-    crossbar = to_crossbar(network, images, **options)
-    return crossbar, evaluate(crossbar, repetition.test.to(torch.device("cpu")))
+    crossbar = call(to_crossbar, network, images, options=options)
+    return crossbar, evaluate(crossbar, repetition.test)
 
 
-def sweep(args: argparse.Namespace, options: dict) -> None:
+def sweep(args: argparse.Namespace) -> None:
     """Draw the test accuracy over stuck devices and over ADC resolution, plain and hardened.
 
     One network of each kind; as many fault patterns as asked, drawn as a band from worst to best.
     """
     args.repetitions = 1
     (plain,) = repetitions(args)
-    (hardened,) = repetitions(args, hardening(args))
-    networks = {"plain": plain, "hardened": hardened}
-    proportions, resolutions = (0, 0.025, 0.05, 0.1, 0.15, 0.2), range(2, 11)
+    torch.manual_seed(seed_of(args, 1))
+    hardened = plain._replace(run=plain.run._replace(network=harden(plain.run, vars(args))))
     patterns = range(args.fault_seed, args.fault_seed + args.fault_patterns)
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_faults, over_bits = figure.subplots(1, 2, sharey=True)
-    steps = len(networks) * (len(proportions) * len(patterns) + len(resolutions))
-    with tqdm(total=steps, disable=None, leave=False) as progress:
-
-        def measure(name: str, changed: dict) -> float:
-            progress.update()
-            _, result = on_crossbar(networks[name], options | changed)
-            return 100 * result["Accuracy"]
-
-        for name, color in (("plain", "tab:orange"), ("hardened", "tab:blue")):
-            digital = 100 * networks[name].result["Accuracy"]
-            rows = [
-                [measure(name, {"lrs_proportion": p, "fault_seed": seed}) for seed in patterns]
-                for p in proportions
-            ]
-            for proportion, row in zip(proportions, rows, strict=True):
-                print(
-                    f"Stuck at low resistance: {proportion:.1%}, {name}: accuracy "
-                    f"{statistics.fmean(row):.2f} % (worst {min(row):.2f}, best {max(row):.2f})"
-                )
-            shares = [100 * proportion for proportion in proportions]
-            over_faults.plot(shares, [statistics.fmean(row) for row in rows], "o-", color=color)
-            over_faults.fill_between(
-                shares, [min(r) for r in rows], [max(r) for r in rows], color=color, alpha=0.25
-            )
-            bits = [measure(name, {"adc_resolution": resolution}) for resolution in resolutions]
-            for resolution, accuracy in zip(resolutions, bits, strict=True):
-                print(f"ADC of {resolution} bits, {name}: accuracy {accuracy:.2f} %")
-            over_bits.plot(resolutions, bits, "o-", color=color, label=f"{name}, crossbar")
-            for axis in (over_faults, over_bits):
-                label = f"{name}, digital ({digital:.1f} %)"
-                axis.axhline(digital, color=color, linestyle="--", linewidth=1, label=label)
-    for axis, label in (
-        (over_faults, "devices stuck at low resistance, %"),
-        (over_bits, "ADC resolution, bits"),
+    proportions = (0, 0.025, 0.05, 0.1, 0.15, 0.2)
+    panels = (
+        (over_faults, "lrs_proportion", proportions, patterns, "devices stuck at r_on"),
+        ((over_bits, "adc_resolution", range(2, 11), patterns[:1], "ADC resolution, bits")),
+    )
+    steps = 2 * sum(len(values) * len(seeds) for _, _, values, seeds, _ in panels)
+    progress = tqdm(total=steps, disable=None, leave=False)
+    for name, repetition, color in (
+        ("plain", plain, "tab:orange"),
+        ("hardened", hardened, "tab:blue"),
     ):
+        digital = 100 * evaluate(repetition.run.network, repetition.test)["Accuracy"]
+        for axis, option, values, seeds, label in panels:
+            means, worst, best = [], [], []
+            for value in values:
+                accuracies = []
+                for seed in seeds:
+                    changed = vars(args) | {option: value, "fault_seed": seed}
+                    accuracies.append(100 * on_crossbar(repetition, changed)[1]["Accuracy"])
+                    progress.update()
+                for numbers, of in ((means, statistics.fmean), (worst, min), (best, max)):
+                    numbers.append(of(accuracies))
+                print(
+                    f"{option} {value}, {name}: accuracy {means[-1]:.2f} % "
+                    f"(worst {worst[-1]:.2f}, best {best[-1]:.2f})"
+                )
+            axis.plot(values, means, "o-", color=color, label=f"{name}, crossbar")
+            axis.fill_between(values, worst, best, color=color, alpha=0.25)
+            line = {"color": color, "linestyle": "--", "linewidth": 1}
+            axis.axhline(digital, label=f"{name}, digital ({digital:.1f} %)", **line)
+            axis.set_xlabel(label)
+    progress.close()
+    for axis in (over_faults, over_bits):
         axis.axhline(50, color="gray", linestyle=":", label="chance")
-        axis.set_xlabel(label)
         axis.grid(alpha=0.3)
+    over_faults.xaxis.set_major_formatter(PercentFormatter(1))
     over_faults.set_ylabel("test accuracy, %")
     over_faults.set_title(f"{args.trainer}: band over {len(patterns)} fault patterns", fontsize=10)
     over_bits.set_title("no device stuck", fontsize=10)
@@ -497,13 +454,12 @@ def main() -> None:
         parser.error("--lrs_proportion and --hrs_proportion add up to more than 1")
     if memtorch is None:
         raise UserError(NOT_INSTALLED)
-    options = {name: getattr(args, name) for name in CROSSBAR_OPTIONS}
     if args.sweep:
         make_folder(Path(args.figure).parent)
-        return sweep(args, options)
+        return sweep(args)
     digital_results, results = [], []
-    for repetition in repetitions(args, hardening(args) if args.harden else None):
-        crossbar, result = on_crossbar(repetition, options)
+    for repetition in repetitions(args, harden if args.harden else None):
+        crossbar, result = on_crossbar(repetition, vars(args))
         print(f"Crossbar: {describe(crossbar)}")
         print(f"Crossbar test result: {result}", flush=True)
         digital_results.append(repetition.result)

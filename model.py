@@ -28,16 +28,8 @@ class Network(nn.Module):
         raw_pixels: whether a black pixel is 0, not the normalised value of 0.
     """
 
-    # What the command line takes where the user says nothing; a trainer may have its own.
-    defaults = {
-        "batch_size": 1024,
-        "iteration": 400,
-        "average_last": 0.25,
-        "drop_rate": 0.0,
-        "init_scale": 1.0,
-        "epsilon": 1e-8,
-        "shift": 0,
-    }
+    # Of the command line's arguments, in place of what the parser and the trainer say.
+    defaults = {}
 
     def __init__(self, phi: nn.Sequential, channels: int = 2, raw_pixels: bool = False):
         super().__init__()
@@ -173,7 +165,7 @@ class CNN(Network):
         channels, raw_pixels: as in `Network`.
     """
 
-    defaults = Network.defaults | {
+    defaults = {
         "batch_size": 384,
         "iteration": 1500,
         "average_last": 0.75,
@@ -240,7 +232,7 @@ class Loss:
     steps. An environment absent from a minibatch has no part in that minibatch's objective.
     """
 
-    # Takes precedence over the network's defaults.
+    # Of the command line's arguments, in place of what the parser says.
     defaults = {}
     environments = 2
     # What the objective is divided by, for the trainer to divide weight decay by as well.
@@ -351,8 +343,8 @@ class Backdoor(Loss):
             adjustment, Menon et al. 2021), counted over the minibatches so far.
     """
 
-    # All against noise: first weights whose remains are small, a long average, and an epsilon that
-    # keeps Adam from making long steps of the tiny gradients that pixels seldom lit have.
+    # All against noise: first weights whose remains are small, a long average, an
+    # epsilon that keeps Adam from long steps for the tiny gradients that pixels seldom lit have.
     defaults = {"average_last": 0.75, "init_scale": 0.3, "epsilon": 1e-4}
 
     def __init__(self, adjustment: str = "weights"):

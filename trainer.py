@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import itertools
-import math
 import runpy
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +27,6 @@ from preprocessing import (
     load_dataset,
     make_folder,
     number,
-    one_line,
     replacing,
 )
 from register import NETWORKS, TRAINERS, canonical_name
@@ -36,12 +34,14 @@ from register import NETWORKS, TRAINERS, canonical_name
 
 def training_parser(description: str) -> Parser:
     """The command line that every training shares."""
-    count, rate = number(int, 1), number(float, 0, above=True)
     parser = Parser(description)
+    of_own = {name: cls.defaults for name, cls in (TRAINERS | NETWORKS).items() if cls.defaults}
+    parser.epilog = f"Defaults of their own: {of_own}".translate(str.maketrans("", "", "{}'"))
     add_data_arguments(parser)
-    add = parser.add_argument
-    add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
-    add("--data_seed", type=number(int, 0, 2**32 - 1), help="insist on data drawn with this seed")
+    add, seed, share = parser.add_argument, number(int, 0, 2**32 - 1), number(float, 0, 1)
+    count, rate, amount = number(int, 1), number(float, 0, above=True), number(float, 0)
+    add("--seed", type=seed, default=1234, help="seed of all random draws")
+    add("--data_seed", type=seed, help="insist on data drawn with this seed")
     add("--trainer", default="ERM", help=f"one of {', '.join(TRAINERS)}, or one of --plugin's")
     add("--network", default="MLP", help=f"one of {', '.join(NETWORKS)}, or one of --plugin's")
     add("--plugin", metavar="FILE", help="Python file to run first, to register names of your own")
@@ -50,112 +50,68 @@ def training_parser(description: str) -> Parser:
     add("--image_size", type=int, choices=(28, 14), default=28, help="pixels per side")
     add("--raw_pixels", action="store_true", help="images as value / 255, not normalised")
     add(
-        "--hidden_dim", type=count, nargs="+", default=(64, 16), help="units per hidden layer (MLP)"
+        "--shift",
+        type=number(int, 0, 13),
+        default=0,
+        help="random moves of training images, pixels",
     )
+    units = "units of each hidden layer (MLP)"
+    add("--hidden_dim", type=count, nargs="+", default=(64, 16), help=units)
     add("--bias", action="store_true", help="give the layers biases (MLP)")
     add("--batchnorm", action="store_true", help="normalise hidden layers over the minibatch (MLP)")
+    dropped = "proportion of hidden units dropped, 0 to 0.99"
+    add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help=dropped)
+    add("--init_scale", type=rate, default=1.0, help="factor of the first layer's initial weights")
+    add("--batch_size", type=count, default=1024, help="images per minibatch")
+    add("--iteration", type=count, default=400, help="minibatches per training")
     add("--learning_rate", type=rate, default=1e-3, help="step size of Adam")
-    add("--weight_decay", type=number(float, 0), default=0.0, help="L2 coefficient of Adam")
-    add(
-        "--max_gradient_norm",
-        type=number(float, 0),
-        default=0.1,
-        help="longer gradients are shortened to this (Pascanu et al. 2013), 0: none are",
-    )
-    for name, kind, meaning in (
-        ("batch_size", count, "images per minibatch"),
-        ("iteration", count, "minibatches per training"),
-        (
-            "average_last",
-            number(float, 0, 1),
-            "proportion of the iterations, the last ones, whose weights are averaged "
-            "(Izmailov et al. 2018), 0 to 1",
-        ),
-        ("drop_rate", number(float, 0, 0.99), "proportion of hidden units dropped, 0 to 0.99"),
-        ("init_scale", rate, "factor of the first layer's initial weights"),
-        ("epsilon", rate, "what Adam adds to the root of its second moment"),
-        ("shift", number(int, 0, 13), "pixels by which training images are moved at most, 0 to 13"),
-    ):
-        having = {k: c for k, c in (NETWORKS | TRAINERS).items() if name in c.defaults}
-        own = ", ".join(f"{cls.defaults[name]} for {key}" for key, cls in having.items())
-        add(f"--{name}", type=kind, help=f"{meaning} (default: {own})")
-    add(
-        "--evaluation_steps",
-        type=count,
-        default=20,
-        help="iterations from one log line to the next",
-    )
-    add(
-        "--validation",
-        type=number(float, 0, 0.9),
-        default=0.2,
-        help="proportion held out, 0 to 0.9",
-    )
+    add("--epsilon", type=rate, default=1e-8, help="Adam adds it to the root of the second moment")
+    add("--weight_decay", type=amount, default=0.0, help="L2 coefficient of Adam")
+    norm = "longer gradients are shortened to this (Pascanu et al. 2013), 0: none are"
+    add("--max_gradient_norm", type=amount, default=0.1, help=norm)
+    last = "average the weights of this last part of the iterations, 0 to 1 (Izmailov et al. 2018)"
+    add("--average_last", type=share, default=0.25, help=last)
+    add("--evaluation_steps", type=count, default=20, help="iterations from log line to log line")
+    held_out = "proportion held out, 0 to 0.9"
+    add("--validation", type=number(float, 0, 0.9), default=0.2, help=held_out)
     add("--repetitions", type=count, default=3, help="trainings, each with draws of its own")
-    add("--eta", type=number(float, 0), default=0.05, help="step size of groupDRO's weights q")
-    add("--reg_lambda", type=number(float, 0), default=50.0, help="weight of the penalty")
-    add(
-        "--penalty",
-        choices=("unbiased", "plain"),
-        default="unbiased",
-        help="IRM's estimate of a squared gradient: unbiased (Arjovsky et al. 2019, section 3.2), "
-        "or plainly the square of the minibatch's",
-    )
-    add(
-        "--adjustment",
-        choices=("offset", "weights"),
-        default="offset",
-        help="Backdoor's estimate: by maximum likelihood with the log odds of each environment and "
-        "colour as an offset, or by inverse propensities as weights",
-    )
-    add(
-        "--anneal_iterations",
-        type=number(int, 0),
-        default=0,
-        help="IRM: iterations with λ = 1; after them the objective is divided by reg_lambda",
-    )
+    add("--eta", type=amount, default=0.05, help="step size of groupDRO's weights q")
+    add("--reg_lambda", type=amount, default=50.0, help="weight of the penalty")
+    squared = "IRM's estimate of a squared gradient (unbiased: Arjovsky et al. 2019, section 3.2)"
+    add("--penalty", choices=("unbiased", "plain"), default="unbiased", help=squared)
+    anneal = "IRM: iterations with weight 1; after them the objective is divided by reg_lambda"
+    add("--anneal_iterations", type=number(int, 0), default=0, help=anneal)
+    estimate = "Backdoor: log odds of each colour as an offset, or inverse propensities as weights"
+    add("--adjustment", choices=("offset", "weights"), default="offset", help=estimate)
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
     return parser
 
 
 def parse_arguments(parser: Parser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse, run the plugin, look names up, fill in the defaults of the trainer and the network."""
+    """Parse, run the plugin, look names up; the trainer's and the network's defaults apply."""
     args = parser.parse_args(arguments)
-    if args.plugin:
-        try:
-            runpy.run_path(args.plugin)
-        except OSError as error:
-            parser.error(f"argument --plugin: cannot read {args.plugin}: {error.strerror}")
     try:
-        args.trainer = canonical_name(TRAINERS, args.trainer)
-        args.network = canonical_name(NETWORKS, args.network)
+        if args.plugin:
+            runpy.run_path(args.plugin)
+    except OSError as error:
+        parser.error(f"argument --plugin: cannot read {args.plugin}: {error.strerror}")
+    try:
+        trainer = canonical_name(TRAINERS, args.trainer)
+        network = canonical_name(NETWORKS, args.network)
     except ValueError as error:
         parser.error(str(error))
-    defaults = NETWORKS[args.network].defaults | TRAINERS[args.trainer].defaults
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    parser.set_defaults(**TRAINERS[trainer].defaults | NETWORKS[network].defaults)
+    args = parser.parse_args(arguments)
+    args.trainer, args.network = trainer, network
     if args.save_model:
         make_folder(Path(args.save_model))
     return args
 
 
-def construct(cls: type, options: dict) -> object:
-    """An instance of `cls`, given those of the options that its constructor takes."""
-    known = inspect.signature(cls).parameters
-    return cls(**{name: value for name, value in options.items() if name in known})
-
-
-# Arguments that go to `train` as they are.
-SETTINGS = (
-    "batch_size",
-    "learning_rate",
-    "epsilon",
-    "weight_decay",
-    "max_gradient_norm",
-    "shift",
-    "evaluation_steps",
-)
+def call(function: Callable, *arguments, options: dict):
+    """Call a function or a class with those of the options that its other parameters ask for."""
+    known = list(inspect.signature(function).parameters)[len(arguments) :]
+    return function(*arguments, **{name: options[name] for name in known if name in options})
 
 
 class Run(NamedTuple):
@@ -171,22 +127,21 @@ class Run(NamedTuple):
 class Repetition(NamedTuple):
     """One training and what came of it."""
 
-    network: Network
-    train: Split
+    run: Run
     test: Split
     result: dict[str, float]
     flip_rate: float
 
 
 def repetitions(
-    args: argparse.Namespace, harden: Callable[..., Network] | None = None
+    args: argparse.Namespace, harden: Callable[[Run, dict], Network] | None = None
 ) -> Iterator[Repetition]:
     """Train and test as the arguments say, once per repetition, writing the log on the way.
 
     Args:
         args: from `parse_arguments`.
-        harden: called with each run, its network trained, and the settings that `train` was called
-            with; returns the network to test instead.
+        harden: called with each run, its network trained, and the arguments as a dict; returns the
+            network to test instead.
     """
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
@@ -202,32 +157,23 @@ def repetitions(
     test, all_train = on_device(data.test).by_color(), on_device(data.train)
     given_validation = data.validation and on_device(data.validation)
     del data
-    runs = [
-        start(args, number, all_train, given_validation)
-        for number in range(1, args.repetitions + 1)
-    ]
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    train(
-        runs,
-        construct(TRAINERS[args.trainer], vars(args)),
-        iterations=args.iteration,
-        average_last=round(args.average_last * args.iteration),
-        **settings,
-    )
+    numbers = range(1, args.repetitions + 1)
+    runs = [start(args, number, all_train, given_validation) for number in numbers]
+    loss = call(TRAINERS[args.trainer], options=vars(args))
+    call(train, runs, loss, options=vars(args))
     for run in runs:
         print(f"Repetition {run.number} of {args.repetitions}")
-        network = run.network
         if harden is not None:
             torch.manual_seed(seed_of(args, run.number))
-            network = harden(run, **settings)
-        logits, recolored = predict(network, test), predict(network, test, recolored=True)
+            run = run._replace(network=harden(run, vars(args)))
+        logits, recolored = predict(run.network, test), predict(run.network, test, recolored=True)
         result = metrics(logits, test.labels[test.index])
         flips = ((logits > 0) != (recolored > 0)).double().mean().item()
         if args.save_model:
-            save(args, run.number, network)
+            save(args, run)
         print(f"Test result: {result}")
         print(f"Flip rate: {flips}", flush=True)
-        yield Repetition(network, run.train, test, result, flips)
+        yield Repetition(run, test, result, flips)
 
 
 def seed_of(args: argparse.Namespace, number: int) -> int:
@@ -240,28 +186,26 @@ def start(args: argparse.Namespace, number: int, data: Split, validation: Split 
     generator = torch.Generator().manual_seed(seed_of(args, number))
     if validation is None and args.validation:
         data, validation = data.hold_out(args.validation, generator)
-    if validation is not None:
-        validation = validation.by_color()
     # Initial weights and dropout are drawn by torch, which reads its global generator.
     torch.manual_seed(seed_of(args, number))
     channels = 1 if args.grayscale else 2
     options = vars(args) | {"inputs": channels * data.images.shape[1], "channels": channels}
-    network = construct(NETWORKS[args.network], options).to(data.images.device)
+    network = call(NETWORKS[args.network], options=options).to(data.images.device)
     network.scale_first_layer(args.init_scale)
-    return Run(number, network, data, validation, generator)
+    return Run(number, network, data, validation and validation.by_color(), generator)
 
 
 def train(
     runs: Sequence[Run],
     loss: Loss,
     *,
-    iterations: int = 400,
+    iteration: int = 400,
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     max_gradient_norm: float = 0.0,
-    average_last: int = 0,
+    average_last: float = 0.0,
     shift: int = 0,
     evaluation_steps: int = 20,
 ) -> None:
@@ -272,14 +216,15 @@ def train(
     Args:
         runs: their training data are parts of one split.
         loss: made for this training; called with the logits of all runs, (R, N).
+        iteration: how many minibatches to train on.
         learning_rate, epsilon, weight_decay: of Adam (Kingma & Ba 2015; weight decay is L2).
         max_gradient_norm: a network's longer gradients are shortened to this norm (Pascanu et al.
             2013, "On the difficulty of training recurrent neural networks"). IRM's first gradients
             are tens of times as long as its later ones, and Adam's memory of them would shorten all
             steps that follow. 0 leaves gradients as they are.
-        average_last: the networks get the mean of the weights after each of the last so many
-            iterations (Izmailov et al. 2018, "Averaging weights leads to wider optima and better
-            generalization"); 0: the last weights.
+        average_last: the networks get the mean of the weights after each of this proportion of the
+            iterations, the last ones (Izmailov et al. 2018, "Averaging weights leads to wider
+            optima and better generalization"); 0: the last weights.
         shift: pixels by which each image is moved at most, at random.
         evaluation_steps: iterations from one log line to the next.
 
@@ -292,12 +237,15 @@ def train(
     parameters = list(itertools.chain.from_iterable(of_each))
     weights = torch.stack([parameters_to_vector(own) for own in of_each]).detach()
     set_weights(of_each, weights)
-    first_moment, second_moment, sum_of_weights = (torch.zeros_like(weights) for _ in range(3))
-    step = torch.zeros((), device=weights.device)
+    averaged, sum_of_weights = round(average_last * iteration), torch.zeros_like(weights)
+    moments = [torch.zeros_like(weights)], [torch.zeros_like(weights)]
+    adam_state = *moments, [], [torch.zeros((), device=weights.device)]
+    adam_settings = {"lr": learning_rate, "eps": epsilon, "beta1": 0.9, "beta2": 0.999}
+    adam_settings |= {"fused": True, "amsgrad": False, "maximize": False}
     parts, generators = [run.train for run in runs], [run.generator for run in runs]
     batches = minibatches(parts, batch_size, generators, shift)
-    progress = tqdm(range(1, iterations + 1), disable=None, leave=False)
-    for iteration, batch in zip(progress, batches, strict=False):
+    progress = tqdm(range(1, iteration + 1), disable=None, leave=False)
+    for step, batch in zip(progress, batches, strict=False):
         inputs = zip(runs, batch.images, batch.colors, strict=True)
         logits = torch.stack([run.network(images, colors) for run, images, colors in inputs])
         objectives = loss(logits, batch)
@@ -307,46 +255,30 @@ def train(
                 f"{tuple(logits.shape)}: a loss is to reduce over the last dimension alone"
             )
         objective = objectives.sum()
-        if not math.isfinite(objective.item()):
-            raise diverged(iteration, "the objective")
+        require_finite(objective, "the objective", step)
         gradients = torch.autograd.grad(objective, parameters, materialize_grads=True)
         gradients = torch.cat([gradient.flatten() for gradient in gradients]).view_as(weights)
         if max_gradient_norm:
             norms = gradients.norm(dim=-1, keepdim=True)
             gradients *= (max_gradient_norm / norms).clamp(max=1)
         # The function behind torch.optim.Adam; the class spends a second importing a compiler.
-        adam(
-            [weights],
-            [gradients],
-            [first_moment],
-            [second_moment],
-            [],
-            [step],
-            fused=True,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=learning_rate,
-            weight_decay=weight_decay / loss.divisor,
-            eps=epsilon,
-            maximize=False,
-        )
-        if iteration > iterations - average_last:
+        decay = weight_decay / loss.divisor
+        adam([weights], [gradients], *adam_state, weight_decay=decay, **adam_settings)
+        if step > iteration - averaged:
             sum_of_weights += weights
-        if iteration % evaluation_steps == 0:
-            for run, risks in zip(runs, loss.risks(logits.detach(), batch).tolist(), strict=True):
-                line = f"Repetition {run.number}, iteration {iteration}: "
-                line += f"loss of train1 {risks[0]:.4f}, train2 {risks[1]:.4f}"
+        if step % evaluation_steps == 0:
+            for run, (first, second) in zip(runs, loss.risks(logits.detach(), batch), strict=True):
+                line = f"Repetition {run.number}, iteration {step}: "
+                line += f"loss of train1 {first:.4f}, train2 {second:.4f}"
                 if run.validation is not None:
                     line += f"; validation {evaluate(run.network, run.validation)}"
                     run.network.train()
                 print(line, flush=True)
-    if not weights.isfinite().all():
-        raise diverged(iterations, "a weight")
-    trained = sum_of_weights / average_last if average_last else weights
+    require_finite(weights, "a weight", iteration)
+    trained = sum_of_weights / averaged if averaged else weights
     set_weights(of_each, [row.clone() for row in trained])  # no memory shared between networks
     for run in runs:
-        finish(run, average_last > 0)
+        finish(run, averaged > 0)
 
 
 def set_weights(parameters: list[list[nn.Parameter]], weights: Iterable[Tensor]) -> None:
@@ -367,28 +299,33 @@ def finish(run: Run, averaged: bool) -> None:
         update_bn(painted, run.network)
 
 
-def diverged(iteration: int, what: str) -> UserError:
-    return UserError(
-        f"training diverged: {what} is nan or infinite at iteration {iteration}; lower "
-        "--learning_rate, --reg_lambda or --eta"
-    )
+def require_finite(values: Tensor, what: str, iteration: int) -> None:
+    if not values.isfinite().all():
+        raise UserError(
+            f"training diverged: {what} is nan or infinite at iteration {iteration}; lower "
+            "--learning_rate, --reg_lambda or --eta"
+        )
 
 
 @torch.no_grad()
 def predict(network: Network, split: Split, recolored: bool = False) -> Tensor:
-    """Logits (N,) of a whole split, with its digits in the other colour if `recolored`."""
+    """Logits (N,) of a whole split, with its digits in the other colour if `recolored`.
+
+    They are computed where the network is: a crossbar's on the CPU.
+    """
     network.eval()
-    return torch.cat(
-        [
-            network(batch.images, 1 - batch.colors if recolored else batch.colors)
-            for batch in split.chunks()
-        ]
-    )
+    device = network.output_layer.device
+    logits = []
+    for batch in split.chunks():
+        colors = 1 - batch.colors if recolored else batch.colors
+        logits.append(network(batch.images.to(device), colors.to(device)))
+    return torch.cat(logits)
 
 
 def evaluate(network: Network, split: Split) -> dict[str, float]:
     """Accuracy, AUC and F1_macro on a whole split."""
-    return metrics(predict(network, split), split.labels[split.index])
+    logits = predict(network, split)
+    return metrics(logits, split.labels[split.index].to(logits.device))
 
 
 def summarize(results: list[dict[str, float]]) -> dict[str, float]:
@@ -401,12 +338,8 @@ def summarize(results: list[dict[str, float]]) -> dict[str, float]:
     return summary
 
 
-def save(args: argparse.Namespace, number: int, network: Network) -> None:
+def save(args: argparse.Namespace, run: Run) -> None:
     """Write the weights and the arguments that they came of to `--save_model`."""
-    name = f"{args.trainer}_{args.network}_seed{args.seed}_repetition{number}.pt"
-    path = Path(args.save_model) / name
-    try:
-        with replacing(path) as partial:
-            torch.save({"arguments": vars(args), "state_dict": network.state_dict()}, partial)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        raise UserError(f"cannot write {path}: {one_line(error)}") from None
+    name = f"{args.trainer}_{args.network}_seed{args.seed}_repetition{run.number}.pt"
+    with replacing(Path(args.save_model) / name) as partial:
+        torch.save({"arguments": vars(args), "state_dict": run.network.state_dict()}, partial)

@@ -21,7 +21,7 @@ from preprocessing import ENVIRONMENTS, load_dataset, run, save_figure  # noqa: 
 from register import TRAINERS  # noqa: E402
 from trainer import (  # noqa: E402
     Run,
-    construct,
+    call,
     evaluate,
     parse_arguments,
     train,
@@ -74,16 +74,10 @@ def main() -> None:
             curves.append([100 * evaluate(network, split)["Accuracy"] for split in splits])
             network.train()
 
-        loss = Watched(construct(TRAINERS[name], vars(options)), args.every, note)
+        loss = Watched(call(TRAINERS[name], options=vars(options)), args.every, note)
         generator = torch.Generator().manual_seed(1000 * args.seed)
-        run_of_one = Run(1, network, kept, None, generator)
-        train(
-            [run_of_one],
-            loss,
-            epsilon=options.epsilon,
-            max_gradient_norm=options.max_gradient_norm,
-            evaluation_steps=10**9,
-        )
+        settings = vars(options) | {"average_last": 0, "evaluation_steps": 10**9}
+        call(train, [Run(1, network, kept, None, generator)], loss, options=settings)
         iterations = [args.every * step for step in range(len(curves))]
         styles = zip(ENVIRONMENTS, zip(*curves, strict=True), ("--", ":", "-"), strict=True)
         for environment, accuracies, style in styles:

@@ -34,7 +34,7 @@ def main() -> None:
         for training in known.trainings:
             arguments = ["--trainer", trainer, "--evaluation_steps", "100000", *options]
             args = parse_arguments(memristor.crossbar_parser(), arguments)
-            hook = memristor.hardening(args) if training == "hardened" else None
+            hook = memristor.harden if training == "hardened" else None
             digital, crossbar = [], {proportion: [] for proportion in PROPORTIONS}
             with contextlib.redirect_stdout(io.StringIO()):
                 for repetition in repetitions(args, hook):
@@ -42,7 +42,7 @@ def main() -> None:
                     for proportion in PROPORTIONS:
                         for pattern in range(known.patterns if proportion else 1):
                             faults = {"lrs_proportion": proportion, "fault_seed": pattern}
-                            _, result = memristor.on_crossbar(repetition, faults)
+                            _, result = memristor.on_crossbar(repetition, vars(args) | faults)
                             crossbar[proportion].append(result["Accuracy"])
             cells = [statistics.fmean(values) for values in (digital, *crossbar.values())]
             numbers = " ".join(f"{100 * cell:8.2f}" for cell in cells)

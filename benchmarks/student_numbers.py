@@ -14,6 +14,7 @@ import os
 import random
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,43 +23,21 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import trainer  # noqa: E402
-from preprocessing import (  # noqa: E402  # noqa: E402
-    ENVIRONMENTS,
-    P_E,
-    P_F,
-    Dataset,
-    Digits,
-    color_mnist,
-    concatenate,
-    load_mnist,
-    run,
-    save_figure,
-)
+from preprocessing import run, save_figure  # noqa: E402
+from trainer import parse_arguments, repetitions, training_parser  # noqa: E402
 
 GRADED = ("groupDRO", "IRM")
-
-
-def draw(number: int) -> Dataset:
-    """What a fresh clone draws and reads back, without the files."""
-    parts = []
-    for name, record in color_mnist(*load_mnist(ROOT / "data"), P_F, P_E, number):
-        envs = torch.full((len(record["labels"]),), ENVIRONMENTS.index(name))
-        pixels = record["images"].amax(1)
-        parts.append(Digits(pixels, record["labels"], record["colors"], envs))
-    return Dataset(concatenate(parts[:2]), None, parts[2], "drawn in memory")
 
 
 def accuracies(job: tuple[int, str, list[str]]) -> tuple[str, int, list[float]]:
     """Test accuracy of each repetition for one student number and trainer."""
     number, name, options = job
     torch.set_num_threads(1)
-    trainer.load_dataset = lambda *_: draw(number)
-    arguments = ["--seed", str(number), "--trainer", name, "--no_cuda", "--validation", "0.2"]
-    arguments += ["--evaluation_steps", "1000", *options]
-    args = trainer.parse_arguments(trainer.training_parser(""), arguments)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return name, number, [done.result["Accuracy"] for done in trainer.repetitions(args)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        arguments = ["--seed", str(number), "--trainer", name, "--dataset_path", folder]
+        arguments += ["--no_cuda", "--evaluation_steps", "1000", *options]
+        args = parse_arguments(training_parser(""), arguments)
+        return name, number, [done.result["Accuracy"] for done in repetitions(args)]
 
 
 def main() -> None:
@@ -89,9 +68,8 @@ def main() -> None:
             f"repetition {100 * min(singles[name]):.2f}"
         )
         axes.hist(values, bins=torch.arange(58, 76, 0.25), color=color, alpha=0.6, label=name)
-    for threshold, points in ((60, 15),):
-        axes.axvline(threshold, color="black", linestyle="--")
-        axes.text(threshold + 0.1, axes.get_ylim()[1] * 0.9, f"{points} points from here")
+    axes.axvline(60, color="black", linestyle="--")
+    axes.text(60.1, axes.get_ylim()[1] * 0.9, "15 points from here")
     axes.set_xlabel("test accuracy, mean of three repetitions, %")
     axes.set_ylabel("student numbers")
     axes.legend()

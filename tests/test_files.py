@@ -17,7 +17,7 @@ from conftest import ROOT, assert_one_line
 from PIL import Image
 
 import preprocessing
-from preprocessing import MEAN, STD, UserError, load_dataset, read_pt
+from preprocessing import MEAN, STD, UserError, load_dataset, read_environment
 
 NAMES = ("train1", "train2", "test")
 
@@ -311,7 +311,7 @@ def test_killed_while_drawing(tmp_path):
         states.add(frozenset(files(path)))
         preprocessing.make_dataset(path)
         assert files(path) == WHOLE
-        read_pt(path / "ColoredMNIST" / "test.pt")
+        read_environment(path / "ColoredMNIST" / "test.pt", 2)
     assert len(states) > 1, "the kills hit different moments"
 
 

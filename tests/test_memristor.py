@@ -44,7 +44,7 @@ def splits(dataset_path):
 
 def images(split, count):
     """The first images, painted."""
-    batch = split.batch(torch.arange(count))
+    batch = next(split.part(torch.arange(count)).chunks())
     return MLP().paint(batch.images, batch.colors)
 
 
@@ -63,8 +63,8 @@ def networks(splits):
     """Trained networks of each kind; short trainings, as only the move is looked at."""
 
     torch.manual_seed(0)
-    short = {"iterations": 100, "average_last": 25}
-    shorter = {"iterations": 40, "average_last": 10, "batch_size": 128}
+    short = {"iteration": 100, "average_last": 0.25}
+    shorter = {"iteration": 40, "average_last": 0.25, "batch_size": 128}
     return {
         "plain": trained(MLP(), Backdoor(), splits[0], **short),
         "bias": trained(MLP(bias=True), Backdoor(), splits[0], **short),
@@ -217,21 +217,21 @@ def test_stuck_devices_are_as_many_as_asked(splits):
 def test_stuck_devices_limit_and_break_weights():
     torch.manual_seed(0)
     weight = torch.randn(200, 300, requires_grad=True)
-    stuck, limit = StuckDevices(0.2), (StuckDevices.LIMIT * weight.std()).item()
+    stuck, limit = StuckDevices(), (StuckDevices.LIMIT * weight.std()).item()
     whole = stuck.eval()(weight)
     assert torch.allclose(whole, weight.clamp(-limit, limit), atol=1e-6)
-    # Both devices of a pair are sound with probability 0.8 ** 2 or more. A stuck one changes
+    # Both devices of a pair are sound with probability 0.7 ** 2 or more. A stuck one changes
     # nothing where the weight was at the limit already.
     stuck.train()
     free = whole.abs() < 0.99 * limit
     sound = [((stuck(weight) - whole)[free] == 0).float().mean() for _ in range(20)]
-    assert 0.63 < min(sound) < 0.75 and max(sound) > 0.85
+    assert 0.48 < min(sound) < 0.65 and max(sound) > 0.85
     stuck(weight).sum().backward()
     assert (weight.grad == 1).all()
 
 
 def test_imitation_takes_predictions_for_labels(splits):
-    batch = splits[0].batch(torch.arange(100))
+    batch = next(splits[0].part(torch.arange(100)).chunks())
     teacher = MLP()
     predicted = (teacher(batch.images, batch.colors) > 0).float()
     expected = F.binary_cross_entropy_with_logits(torch.linspace(-3, 3, 100), predicted)
@@ -244,9 +244,9 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     network = MLP()
     network.scale_first_layer(0.3)
     run = Run(1, network, splits[0], None, torch.Generator().manual_seed(0))
-    train([run], Backdoor("offset"), iterations=300, average_last=200)
+    train([run], Backdoor("offset"), iteration=300, average_last=0.67)
     weights = copy.deepcopy(network.state_dict())
-    hardened = harden(run, 600, max_gradient_norm=0.1)
+    hardened = harden(run, {"iteration": 200, "max_gradient_norm": 0.1})
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())
     plain, digital = (scores(each, splits[1])["Accuracy"] for each in (network, hardened))
     assert plain > 0.75 and digital > plain - 0.015
@@ -258,7 +258,7 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
 
 def test_a_layer_of_a_single_weight_can_be_hardened(splits):
     run = Run(1, MLP(hidden_dim=(4, 1)), splits[0], None, torch.Generator().manual_seed(0))
-    hardened = harden(run, 2)
+    hardened = harden(run, {"iteration": 1})
     assert all(parameter.isfinite().all() for parameter in hardened.parameters())
 
 
@@ -282,7 +282,7 @@ def test_sweep_draws_its_figure(command, dataset_path, tmp_path):
     result = command("memristor.py", *arguments, "--no_cuda", "--fault_patterns", 1)
     assert result.returncode == 0, result.stderr
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert "Stuck at low resistance: 20.0%" in result.stdout
+    assert "lrs_proportion 0.2, hardened: accuracy " in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -325,5 +325,5 @@ def test_the_digital_training_is_the_other_commands(command, dataset_path):
 
 def test_erm_on_the_crossbar_is_still_erm(splits):
     """A control: the crossbar adds no accuracy of its own."""
-    network = trained(MLP(), ERM(), splits[0], iterations=100)
+    network = trained(MLP(), ERM(), splits[0], iteration=100)
     assert scores(to_crossbar(network, images(splits[0], 500)), splits[1])["Accuracy"] < 0.5

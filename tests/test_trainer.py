@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, assert_one_line
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 
-from dataset import Batch, Split, minibatches
+from dataset import Batch, Split, minibatches, move
 from metric import metrics
 from model import ERM, IRM, MLP, Backdoor, GroupDRO
 from preprocessing import MEAN, STD, UserError, load_dataset
@@ -71,7 +71,7 @@ def test_networks_see_the_assignments_images(dataset_path, raw):
     rgb = torch.cat(images)[:, :2] / 255
     expected = (rgb if raw else (rgb - MEAN) / STD).flatten(1)
     split = Split(load_dataset(dataset_path).train, CPU, raw_pixels=raw)
-    batch = split.batch(torch.tensor([3, 8, 20003, 20009]))
+    batch = next(split.part(torch.tensor([3, 8, 20003, 20009])).chunks())
     network = MLP(raw_pixels=raw)
     assert torch.allclose(network.paint(batch.images, batch.colors), expected, atol=1e-6)
     recolored = network.paint(batch.images, 1 - batch.colors).view(4, 2, 784)
@@ -84,8 +84,8 @@ def test_networks_see_the_assignments_images(dataset_path, raw):
 def test_in_both_colors_each_digit_comes_twice(dataset_path):
     split = Split(load_dataset(dataset_path).train, CPU).part(torch.arange(5, 105))
     twice = split.in_both_colors()
-    once, again = (twice.batch(torch.arange(start, start + 100)) for start in (0, 100))
-    expected = split.batch(torch.arange(100))
+    parts = [twice.part(torch.arange(start, start + 100)) for start in (0, 100)]
+    once, again, expected = (next(part.chunks()) for part in (*parts, split))
     assert len(twice) == 200 and torch.equal(again.colors, 1 - expected.colors)
     assert torch.equal(once.colors, expected.colors)
     for name in ("images", "labels", "envs"):
@@ -119,6 +119,8 @@ def test_minibatches_cover_the_data_once_a_pass(dataset_path):
 
 def test_images_are_moved(dataset_path):
     split = Split(load_dataset(dataset_path).train, CPU)
+    pixels = split.images.view(-1, 28, 28)  # nothing at the edges, so nothing is lost there
+    pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:] = 0, 0, 0, 0
     still = next(minibatches([split], 500, [generator()]))
     moved = next(minibatches([split], 500, [generator()], shift=2))
     assert torch.equal(still.labels, moved.labels)
@@ -134,6 +136,11 @@ def test_images_are_moved(dataset_path):
         moves[by] += 1
     assert set(moves) == set(itertools.product(range(-2, 3), repeat=2))
     assert max(moves.values()) < 60
+    # Without empty edges: rows run on, and no pixel comes from another image.
+    full = torch.arange(1, 19, dtype=torch.uint8).view(2, 9).repeat(20, 1)
+    for image, moved_image in zip(full, move(full, 1, [generator(0), generator(1)]), strict=True):
+        padded = torch.nn.functional.pad(image, (4, 4)).unfold(0, 9, 1)
+        assert any(torch.equal(window, moved_image) for window in padded)
 
 
 @pytest.mark.parametrize("raw", [False, True])
@@ -143,7 +150,7 @@ def test_sorted_by_color_logits_and_gradients_are_the_same(dataset_path, raw, re
     batch = Batch(*(field[0] for field in next(minibatches([split], 1024, [generator()]))))
     colors = 1 - batch.colors if recolored else batch.colors
     assert 0 < colors.sum() < 1024
-    mixed = split.batch(torch.arange(1024))
+    mixed = next(split.part(torch.arange(1024)).chunks())
     results = []
     for known in (False, True):
         torch.manual_seed(0)
@@ -184,14 +191,14 @@ def test_training_is_adam(dataset_path):
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
         optimizer.step()
     settings = {"learning_rate": 3e-3, "epsilon": 1e-3, "weight_decay": 0.1}
-    (weight,) = trained(split, iterations=5, batch_size=512, max_gradient_norm=0.1, **settings)
+    (weight,) = trained(split, iteration=5, batch_size=512, max_gradient_norm=0.1, **settings)
     assert torch.allclose(weight, network.phi[0].weight, atol=1e-5)
 
 
 def test_repetitions_in_lockstep_are_those_alone(dataset_path):
     split = Split(load_dataset(dataset_path).train, CPU)
     for loss in (GroupDRO, lambda: IRM(penalty="unbiased"), lambda: Backdoor("offset")):
-        settings = {"iterations": 3, "loss": loss, "average_last": 2, "max_gradient_norm": 0.1}
+        settings = {"iteration": 3, "loss": loss, "average_last": 0.67, "max_gradient_norm": 0.1}
         together = trained(split, (0, 1, 2), **settings)
         for seed, weight in enumerate(together):
             assert torch.allclose(weight, *trained(split, (seed,), **settings), atol=1e-5)
@@ -200,12 +207,12 @@ def test_repetitions_in_lockstep_are_those_alone(dataset_path):
 def test_averaging_gives_the_mean_of_the_last_weights(dataset_path):
     split = Split(load_dataset(dataset_path).train, CPU)
 
-    def weights(iterations, average_last):
-        return trained(split, iterations=iterations, average_last=average_last)[0]
+    def weights(iteration, average_last):
+        return trained(split, iteration=iteration, average_last=average_last)[0]
 
     expected = (weights(3, 0) + weights(4, 0) + weights(5, 0)) / 3
-    assert torch.allclose(weights(5, 3), expected, atol=1e-7)
-    assert torch.equal(weights(5, 1), weights(5, 0))
+    assert torch.allclose(weights(5, 0.6), expected, atol=1e-7)
+    assert torch.equal(weights(5, 0.2), weights(5, 0))
 
 
 def test_a_loss_that_mixes_repetitions_is_refused(dataset_path):
@@ -215,7 +222,7 @@ def test_a_loss_that_mixes_repetitions_is_refused(dataset_path):
 
     split = Split(load_dataset(dataset_path).train, CPU)
     with pytest.raises(UserError, match="Mixing .* last dimension"):
-        trained(split, (0, 1), loss=Mixing, iterations=1)
+        trained(split, (0, 1), loss=Mixing, iteration=1)
 
 
 def test_log(command, dataset_path):
@@ -353,7 +360,7 @@ def test_divergence_is_reported(command, dataset_path):
     assert_one_line(command("exp-mnist.py", *arguments), "diverged", "iteration", "--learning_rate")
     with pytest.raises(UserError, match="a weight is nan or infinite at iteration 1"):
         split = Split(load_dataset(dataset_path).train, CPU)
-        trained(split, iterations=1, learning_rate=1e39)
+        trained(split, iteration=1, learning_rate=1e39)
 
 
 def test_help_explains_every_flag(command):
