@@ -343,9 +343,9 @@ class Backdoor(Loss):
             adjustment, Menon et al. 2021), counted over the minibatches so far.
     """
 
-    # All against noise: first weights whose remains are small, a long average, an
+    # All against noise: first weights whose remains are small, a long average, moved images, an
     # epsilon that keeps Adam from long steps for the tiny gradients that pixels seldom lit have.
-    defaults = {"average_last": 0.75, "init_scale": 0.3, "epsilon": 1e-4}
+    defaults = {"average_last": 0.75, "init_scale": 0.3, "epsilon": 1e-4, "shift": 1}
 
     def __init__(self, adjustment: str = "weights"):
         self.adjustment = adjustment
