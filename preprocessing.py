@@ -171,25 +171,21 @@ def make_dataset(
     from, or no place to write to.
     """
     folder = dataset_path / "ColoredMNIST"
-    if is_filled(folder):
+    if any(folder.glob("*")):
         return folder
     images, digits = (part[: sum(sizes)].split(list(sizes)) for part in load_mnist(dataset_path))
     generator = torch.Generator().manual_seed(seed)
     drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed}
     with replacing(folder) as partial:
         # Another run may have made it while this one waited for the lock.
-        if not is_filled(folder):
+        if not any(folder.glob("*")):
             partial.mkdir()
-            for name, *parts in zip(ENVIRONMENTS, images, digits, p_e, strict=True):
-                record = color_digits(parts[0], parts[1], p_f, parts[2], generator)
+            for name, *part, flip in zip(ENVIRONMENTS, images, digits, p_e, strict=True):
+                record = color_digits(*part, p_f, flip, generator)
                 torch.save(record | drawn, partial / f"{name}.pt")
             if folder.exists():
                 folder.rmdir()
     return folder
-
-
-def is_filled(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.iterdir())
 
 
 IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
@@ -307,8 +303,8 @@ def concatenate(parts: Sequence[Digits]) -> Digits:
 
 def load_dataset(
     dataset_path: str | Path,
-    p_f: float = P_F,
-    p_e: Sequence[float] = P_E,
+    p_f: float | None = None,
+    p_e: Sequence[float] | None = None,
     seed: int | None = None,
     default_seed: int = 1234,
     sizes: Sequence[int] | None = None,
@@ -318,15 +314,19 @@ def load_dataset(
     Args:
         dataset_path: folder that holds, or is to hold, the folder ColoredMNIST.
         p_f, p_e: probabilities as in `color_digits`, one p_e for each of train1, train2 and test.
-        seed: what it is drawn with; None takes data drawn with any, and draws with `default_seed`.
-        sizes: digits of train1, train2 and test; None takes any, and draws 20000 each.
+        seed: what it is drawn with.
+        default_seed: what it is drawn with where no seed is asked for.
+        sizes: digits of train1, train2 and test.
+
+    What is None is taken as it is found, and drawn as the assignment says.
 
     Raises UserError if the files are damaged, of no known form, or drawn otherwise than asked.
     """
     if sizes is not None and sum(sizes) > sum(SIZES):
         raise UserError(f"--sizes adds up to {sum(sizes)}, and there are {sum(SIZES)} digits")
-    drawing_seed = default_seed if seed is None else seed
-    folder = make_dataset(Path(dataset_path), p_f, p_e, drawing_seed, sizes or SIZES)
+    asked = {"p_f": p_f, "p_e": p_e and [*p_e], "seed": seed, "sizes": sizes and [*sizes]}
+    drawing = {"seed": default_seed} | {name: v for name, v in asked.items() if v is not None}
+    folder = make_dataset(Path(dataset_path), **drawing)
     anew = "delete it to draw it anew, or give another --dataset_path"
     present = {path.stem for path in folder.glob("*.pt")}
     names = {name: env for env, name in enumerate(ENVIRONMENTS)}
@@ -340,12 +340,9 @@ def load_dataset(
     if any(drawn != draws[0] for drawn in draws):
         raise UserError(f"{folder} mixes files of different draws: {anew}")
     found = torch.cat([part.envs for part in digits]).bincount(minlength=3).tolist()
-    for name, asked, value in (
-        *((key, {"p_f": p_f, "p_e": [*p_e], "seed": seed}[key], draws[0][key]) for key in draws[0]),
-        ("sizes", sizes and [*sizes], found),
-    ):
-        if asked is not None and asked != value:
-            raise UserError(f"{folder} has {name} {value}, asked for is {asked}: {anew}")
+    for name, value in (draws[0] | {"sizes": found}).items():
+        if asked[name] is not None and asked[name] != value:
+            raise UserError(f"{folder} has {name} {value}, asked for is {asked[name]}: {anew}")
     train, validation, test = digits
     if framework:
         form = "normalised tensors (the course framework's form), split as given"
@@ -357,13 +354,6 @@ def load_dataset(
     if any(part.labels.min() == part.labels.max() for part in (train, test)):
         raise UserError(f"{folder} has images of one label only: {anew}")
     return Dataset(train, validation, test, f"{folder}, {form}")
-
-
-def rgb_image(digits: Digits, index: int) -> np.ndarray:
-    """One digit in its colour, (28, 28, 3) uint8."""
-    rgb = np.zeros((28, 28, 3), np.uint8)
-    rgb[..., 1 - int(digits.colors[index])] = digits.pixels[index].numpy()
-    return rgb
 
 
 class ColoredMNIST(torch.utils.data.Dataset):
@@ -387,7 +377,7 @@ class ColoredMNIST(torch.utils.data.Dataset):
     ):
         if env not in (*ENVIRONMENTS, "all_train"):
             raise ValueError(f"env {env!r} is none of train1, train2, test, all_train")
-        digits = all_digits(load_dataset(root))
+        digits = concatenate([part for part in load_dataset(root)[:3] if part is not None])
         chosen = digits.envs < 2 if env == "all_train" else digits.envs == ENVIRONMENTS.index(env)
         self.digits = Digits(*(field[chosen] for field in digits))
         self.transform = transform or (lambda image: image)
@@ -399,32 +389,28 @@ class ColoredMNIST(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple:
         from PIL import Image
 
-        image = self.transform(Image.fromarray(rgb_image(self.digits, index)))
-        target = self.target_transform(int(self.digits.labels[index]))
-        return image, target, int(self.digits.colors[index])
+        target, color = int(self.digits.labels[index]), int(self.digits.colors[index])
+        rgb = np.zeros((28, 28, 3), np.uint8)
+        rgb[..., 1 - color] = self.digits.pixels[index].numpy()
+        return self.transform(Image.fromarray(rgb)), self.target_transform(target), color
 
 
-def all_digits(data: Dataset) -> Digits:
-    return concatenate([part for part in data[:3] if part is not None])
-
-
-def draw_samples(data: Dataset, path: Path) -> None:
+def draw_samples(dataset_path: Path, figure_path: Path) -> None:
     """Save a grid of digits: a row for each environment, each digit's label y above it."""
     from matplotlib.figure import Figure
 
-    digits = all_digits(data)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(len(ENVIRONMENTS), 12)
-    for e, name in enumerate(ENVIRONMENTS):
-        environment = Digits(*(field[digits.envs == e] for field in digits))
-        flipped = (environment.labels != environment.colors).float().mean()
-        axes[e, 0].text(-6, 14, f"{name}\ncolour ≠ y: {flipped:.0%}", ha="right", va="center")
-        for i, axis in enumerate(axes[e]):
+    for name, axes in zip(ENVIRONMENTS, figure.subplots(len(ENVIRONMENTS), 12), strict=True):
+        environment = ColoredMNIST(dataset_path, name)
+        flipped = (environment.digits.labels != environment.digits.colors).float().mean()
+        axes[0].text(-6, 14, f"{name}\ncolour ≠ y: {flipped:.0%}", ha="right", va="center")
+        for i, axis in enumerate(axes):
             axis.axis("off")
-            if i < len(environment.labels):
-                axis.imshow(rgb_image(environment, i))
-                axis.set_title(f"y = {environment.labels[i]}", fontsize=9)
-    save_figure(figure, path)
+            if i < len(environment):
+                image, label, _ = environment[i]
+                axis.imshow(image)
+                axis.set_title(f"y = {label}", fontsize=9)
+    save_figure(figure, figure_path)
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -509,7 +495,8 @@ def main() -> None:
     args = parser.parse_args()
     data = load_dataset(args.dataset_path, args.p_f, args.p_e, args.seed, sizes=args.sizes)
     print(data.description)
-    draw_samples(data, Path(args.figure or Path(args.dataset_path) / "samples.png"))
+    path = Path(args.dataset_path)
+    draw_samples(path, Path(args.figure or path / "samples.png"))
 
 
 if __name__ == "__main__":

@@ -85,6 +85,7 @@ def test_command_draws_and_shows_samples(command, tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     assert "seed 5" in result.stdout
     assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert len(ColoredMNIST(tmp_path, "test")) == 20000  # whatever it was drawn with
     other = command("preprocessing.py", "--dataset_path", tmp_path, *asked[:-1], "6")
     assert_one_line(other, "seed 5", "6")
 
