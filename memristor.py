@@ -8,10 +8,10 @@ Conductances are in siemens, resistances in ohms, voltages in volts, currents in
 import argparse
 import copy
 import random
-import statistics
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -400,34 +400,29 @@ def sweep(args: argparse.Namespace) -> None:
     torch.manual_seed(seed_of(args, 1))
     hardened = plain._replace(run=plain.run._replace(network=harden(plain.run, vars(args))))
     patterns = range(args.fault_seed, args.fault_seed + args.fault_patterns)
+    proportions = (0, 0.025, 0.05, 0.1, 0.15, 0.2)
     figure = Figure(figsize=(10, 4), layout="constrained")
     over_faults, over_bits = figure.subplots(1, 2, sharey=True)
-    proportions = (0, 0.025, 0.05, 0.1, 0.15, 0.2)
     panels = (
-        (over_faults, "lrs_proportion", proportions, patterns, "devices stuck at r_on"),
-        ((over_bits, "adc_resolution", range(2, 11), patterns[:1], "ADC resolution, bits")),
+        (over_faults, "lrs_proportion", proportions, patterns, "devices stuck at low resistance"),
+        (over_bits, "adc_resolution", range(2, 11), patterns[:1], "ADC resolution, bits"),
     )
     steps = 2 * sum(len(values) * len(seeds) for _, _, values, seeds, _ in panels)
     progress = tqdm(total=steps, disable=None, leave=False)
-    for name, repetition, color in (
-        ("plain", plain, "tab:orange"),
-        ("hardened", hardened, "tab:blue"),
-    ):
-        digital = 100 * evaluate(repetition.run.network, repetition.test)["Accuracy"]
+
+    def accuracy(repetition: Repetition, **changed) -> float:
+        progress.update()
+        return 100 * on_crossbar(repetition, vars(args) | changed)[1]["Accuracy"]
+
+    of_each = ("plain", plain, "tab:orange"), ("hardened", hardened, "tab:blue")
+    for name, each, color in of_each:
+        digital = 100 * evaluate(each.run.network, each.test)["Accuracy"]
         for axis, option, values, seeds, label in panels:
-            means, worst, best = [], [], []
-            for value in values:
-                accuracies = []
-                for seed in seeds:
-                    changed = vars(args) | {option: value, "fault_seed": seed}
-                    accuracies.append(100 * on_crossbar(repetition, changed)[1]["Accuracy"])
-                    progress.update()
-                for numbers, of in ((means, statistics.fmean), (worst, min), (best, max)):
-                    numbers.append(of(accuracies))
-                print(
-                    f"{option} {value}, {name}: accuracy {means[-1]:.2f} % "
-                    f"(worst {worst[-1]:.2f}, best {best[-1]:.2f})"
-                )
+            rows = [[accuracy(each, fault_seed=s, **{option: v}) for s in seeds] for v in values]
+            means, worst, best = ([of(row) for row in rows] for of in (fmean, min, max))
+            for value, mean, row in zip(values, means, rows, strict=True):
+                spread = f"worst {min(row):.2f}, best {max(row):.2f}"
+                print(f"{option} {value}, {name}: accuracy {mean:.2f} % ({spread})")
             axis.plot(values, means, "o-", color=color, label=f"{name}, crossbar")
             axis.fill_between(values, worst, best, color=color, alpha=0.25)
             line = {"color": color, "linestyle": "--", "linewidth": 1}
@@ -440,7 +435,6 @@ def sweep(args: argparse.Namespace) -> None:
     over_faults.xaxis.set_major_formatter(PercentFormatter(1))
     over_faults.set_ylabel("test accuracy, %")
     over_faults.set_title(f"{args.trainer}: band over {len(patterns)} fault patterns", fontsize=10)
-    over_bits.set_title("no device stuck", fontsize=10)
     over_bits.legend(fontsize=8, loc="lower right")
     save_figure(figure, args.figure)
 
