@@ -6,6 +6,7 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 import argparse
 import gc
 import io
+import json
 import math
 import os
 import shutil
@@ -253,6 +254,7 @@ def read_environment(path: Path, env: int | None) -> tuple[Digits, dict]:
             images, labels, colors = (record[key] for key in ("images", "labels", "colors"))
             need(images.shape[1:] == (3, 28, 28), IMAGES)
             drawn = {key: record.get(key) for key in ("p_f", "p_e", "seed")}
+            json.dumps(drawn)  # raises TypeError unless they are plain numbers, to be compared
         elif isinstance(record[0], Tensor):
             images, labels, *envs = record
             need(images.is_floating_point() and images.shape[1:] == (2352,), IMAGES)

@@ -209,6 +209,7 @@ WRONG_COLOR[1, 1, 5, 5] = 9
         own(images="none"),
         own(images=BLUE),
         own(images=WRONG_COLOR),
+        own(p_e=torch.tensor([0.1, 0.4, 0.9])),
         {"images": 1},
         {},
         [],
