@@ -23,7 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from preprocessing import run, save_figure  # noqa: E402
+from preprocessing import save_figure  # noqa: E402
 from trainer import parse_arguments, repetitions, training_parser  # noqa: E402
 
 GRADED = ("groupDRO", "IRM")
@@ -77,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()
