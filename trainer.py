@@ -35,8 +35,9 @@ from register import NETWORKS, TRAINERS, canonical_name
 def training_parser(description: str) -> Parser:
     """The command line that every training shares."""
     parser = Parser(description)
-    of_own = {name: cls.defaults for name, cls in (TRAINERS | NETWORKS).items() if cls.defaults}
-    parser.epilog = f"Defaults of their own: {of_own}".translate(str.maketrans("", "", "{}'"))
+    named = (TRAINERS | NETWORKS).items()
+    own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in named if cls.defaults]
+    parser.epilog = f"Defaults of their own: {'; '.join(own)}"
     add_data_arguments(parser)
     add, seed, share = parser.add_argument, number(int, 0, 2**32 - 1), number(float, 0, 1)
     count, rate, amount = number(int, 1), number(float, 0, above=True), number(float, 0)
