@@ -359,8 +359,8 @@ def crossbar_parser() -> Parser:
     add("--r_on", type=amount, default=1.4e4, help="lowest resistance of a device, ohms")
     add("--r_off", type=amount, default=5e7, help="highest resistance of a device, ohms")
     add("--max_input_voltage", type=amount, default=0.3, help="voltage of the largest input, volts")
-    add("--lrs_proportion", type=share, default=0.0, help="devices stuck at r_on, 0 to 1")
-    add("--hrs_proportion", type=share, default=0.0, help="devices stuck at r_off, 0 to 1")
+    add("--lrs_proportion", type=share, default=0.0, help="proportion stuck at r_on, 0 to 1")
+    add("--hrs_proportion", type=share, default=0.0, help="proportion stuck at r_off, 0 to 1")
     add("--conductance_states", type=number(int, 2), help="states per device (default: any)")
     spread = "standard deviation of r_on and r_off between devices, relative to their mean, 0 to 1"
     add("--device_variability", type=share, default=0.0, help=spread)

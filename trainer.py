@@ -50,12 +50,8 @@ def training_parser(description: str) -> Parser:
     add("--grayscale", action="store_true", help="hide the colours: the oracle")
     add("--image_size", type=int, choices=(28, 14), default=28, help="pixels per side")
     add("--raw_pixels", action="store_true", help="images as value / 255, not normalised")
-    add(
-        "--shift",
-        type=number(int, 0, 13),
-        default=0,
-        help="random moves of training images, pixels",
-    )
+    moves = "training images are moved at random by up to so many pixels, 0 to 13"
+    add("--shift", type=number(int, 0, 13), default=0, help=moves)
     units = "units of each hidden layer (MLP)"
     add("--hidden_dim", type=count, nargs="+", default=(64, 16), help=units)
     add("--bias", action="store_true", help="give the layers biases (MLP)")
@@ -73,7 +69,7 @@ def training_parser(description: str) -> Parser:
     last = "average the weights of this last part of the iterations, 0 to 1 (Izmailov et al. 2018)"
     add("--average_last", type=share, default=0.25, help=last)
     add("--evaluation_steps", type=count, default=20, help="iterations from log line to log line")
-    held_out = "proportion held out, 0 to 0.9"
+    held_out = "proportion of the training samples that is held out, 0 to 0.9"
     add("--validation", type=number(float, 0, 0.9), default=0.2, help=held_out)
     add("--repetitions", type=count, default=3, help="trainings, each with draws of its own")
     add("--eta", type=amount, default=0.05, help="step size of groupDRO's weights q")
