@@ -257,6 +257,7 @@ def read_environment(path: Path, env: int | None) -> tuple[Digits, dict]:
             json.dumps(drawn)  # raises TypeError unless they are plain numbers, to be compared
         elif isinstance(record[0], Tensor):
             images, labels, *envs = record
+            need(len(envs) == (env is None), f"it is not a list of {2 + (env is None)} tensors")
             need(images.is_floating_point() and images.shape[1:] == (2352,), IMAGES)
             levels = (images[:, :1568] * STD + MEAN) * 255
             pixels = levels.round().nan_to_num(-1)
@@ -270,16 +271,13 @@ def read_environment(path: Path, env: int | None) -> tuple[Digits, dict]:
             typed = {*map(type, labels)} == {int} and {*map(type, colors)} == {bool}
             need(typed, "it does not hold tuples of (image, label as int, colour as bool)")
             images = bytearray(b"".join(image.data for image in images))
-            images = torch.frombuffer(images, dtype=torch.uint8).view(-1, 28, 28, 3)
-            images, labels, colors = (
-                images.movedim(3, 1),
-                torch.tensor(labels),
-                torch.tensor(colors),
-            )
+            images = torch.frombuffer(images, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
+            labels, colors = torch.tensor(labels), torch.tensor(colors)
         envs = torch.full((len(labels),), env) if env is not None else envs[0]
         return check_digits(images, labels, colors, envs), drawn
     except Exception as error:  # whatever a stranger's bytes may provoke
-        reason = error if isinstance(error, UserError) else "it is damaged, or of no known form"
+        known = isinstance(error, (UserError, OSError))
+        reason = error if known else "it is damaged, or of no known form"
         raise UserError(
             f"{path} cannot be used ({reason}): replace it, or delete {path.parent} to draw it anew"
         ) from None

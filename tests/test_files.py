@@ -253,6 +253,14 @@ def test_other_normalised_contents_are_refused(framework_form, tmp_path, change)
         load(folder)
 
 
+def test_a_test_file_with_environments_is_refused(framework_form, tmp_path):
+    folder = shutil.copytree(framework_form, tmp_path / "ColoredMNIST")
+    images, labels = torch.load(folder / "test.pt", weights_only=True)
+    torch.save([images, labels, labels.long()], folder / "test.pt")
+    with pytest.raises(UserError, match="test.pt cannot be used .*list of 2 tensors"):
+        load(folder)
+
+
 def test_missing_files_are_named(folder):
     (folder / "train2.pt").unlink()
     with pytest.raises(UserError, match="lacks train2.pt"):
