@@ -165,18 +165,24 @@ def make_dataset(
     p_e: Sequence[float] = P_E,
     seed: int = 1234,
     sizes: Sequence[int] = SIZES,
+    shuffle_digits: bool = False,
 ) -> Path:
     """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; return the folder.
 
-    Each environment is a part of MNIST, in its order. Raises UserError if there is nothing to draw
-    from, or no place to write to.
+    Each environment is a part of MNIST, in its order unless those of training are to be shuffled.
+    Raises UserError if there is nothing to draw from, or no place to write to.
     """
     folder = dataset_path / "ColoredMNIST"
     if any(folder.glob("*")):
         return folder
-    images, digits = (part[: sum(sizes)].split(list(sizes)) for part in load_mnist(dataset_path))
     generator = torch.Generator().manual_seed(seed)
-    drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed}
+    images, digits = load_mnist(dataset_path)
+    if shuffle_digits:
+        order = torch.randperm(sum(sizes[:2]), generator=generator)
+        for part in (images, digits):
+            part[: len(order)] = part[order]
+    images, digits = (part[: sum(sizes)].split(list(sizes)) for part in (images, digits))
+    drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed, "shuffle_digits": shuffle_digits}
     with replacing(folder) as partial:
         # Another run may have made it while this one waited for the lock.
         if not any(folder.glob("*")):
@@ -254,6 +260,7 @@ def read_environment(path: Path, env: int | None) -> tuple[Digits, dict]:
             images, labels, colors = (record[key] for key in ("images", "labels", "colors"))
             need(images.shape[1:] == (3, 28, 28), IMAGES)
             drawn = {key: record.get(key) for key in ("p_f", "p_e", "seed")}
+            drawn["shuffle_digits"] = record.get("shuffle_digits", False)
             json.dumps(drawn)  # raises TypeError unless they are plain numbers, to be compared
         elif isinstance(record[0], Tensor):
             images, labels, *envs = record
@@ -305,18 +312,20 @@ def load_dataset(
     dataset_path: str | Path,
     p_f: float | None = None,
     p_e: Sequence[float] | None = None,
-    seed: int | None = None,
-    default_seed: int = 1234,
+    data_seed: int | None = None,
+    seed: int = 1234,
     sizes: Sequence[int] | None = None,
+    shuffle_digits: bool | None = None,
 ) -> Dataset:
     """The data in `dataset_path`/ColoredMNIST, drawn first if there is none.
 
     Args:
         dataset_path: folder that holds, or is to hold, the folder ColoredMNIST.
         p_f, p_e: probabilities as in `color_digits`, one p_e for each of train1, train2 and test.
-        seed: what it is drawn with.
-        default_seed: what it is drawn with where no seed is asked for.
+        data_seed: what it is to have been drawn with.
+        seed: what it is drawn with where that is None.
         sizes: digits of train1, train2 and test.
+        shuffle_digits: shuffle the digits of train1 and train2 together before they are divided.
 
     What is None is taken as it is found, and drawn as the assignment says.
 
@@ -324,8 +333,9 @@ def load_dataset(
     """
     if sizes is not None and sum(sizes) > sum(SIZES):
         raise UserError(f"--sizes adds up to {sum(sizes)}, and there are {sum(SIZES)} digits")
-    asked = {"p_f": p_f, "p_e": p_e and [*p_e], "seed": seed, "sizes": sizes and [*sizes]}
-    drawing = {"seed": default_seed} | {name: v for name, v in asked.items() if v is not None}
+    asked = {"p_f": p_f, "p_e": p_e and [*p_e], "seed": data_seed, "sizes": sizes and [*sizes]}
+    asked["shuffle_digits"] = shuffle_digits
+    drawing = {"seed": seed} | {name: v for name, v in asked.items() if v is not None}
     folder = make_dataset(Path(dataset_path), **drawing)
     anew = "delete it to draw it anew, or give another --dataset_path"
     present = {path.stem for path in folder.glob("*.pt")}
@@ -464,6 +474,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--p_e", type=probability, nargs=3, default=P_E, metavar=names, help=each)
     each = f"digits of each environment, {sum(SIZES)} together at most (default: {SIZES[0]} each)"
     add("--sizes", type=number(int, 2), nargs=3, metavar=names, help=each)
+    shuffled = "shuffle the digits of TRAIN1 and TRAIN2 together before they are divided"
+    add("--shuffle_digits", action="store_true", help=shuffled)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -489,14 +501,16 @@ def run(main: Callable[[], None]) -> None:
 def main() -> None:
     parser = Parser("Draw the three environments of ColoredMNIST and show samples of them.")
     add_data_arguments(parser)
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), help="what to draw with")
+    seed = number(int, 0, 2**63 - 1)
+    parser.add_argument(
+        "--seed", dest="data_seed", metavar="SEED", type=seed, help="what to draw with"
+    )
     where = "PNG of sample digits (default: samples.png in the folder)"
     parser.add_argument("--figure", help=where)
-    args = parser.parse_args()
-    data = load_dataset(args.dataset_path, args.p_f, args.p_e, args.seed, sizes=args.sizes)
-    print(data.description)
-    path = Path(args.dataset_path)
-    draw_samples(path, Path(args.figure or path / "samples.png"))
+    drawing = vars(parser.parse_args())
+    path, figure = Path(drawing["dataset_path"]), drawing.pop("figure")
+    print(load_dataset(**drawing).description)
+    draw_samples(path, Path(figure or path / "samples.png"))
 
 
 if __name__ == "__main__":

@@ -143,9 +143,7 @@ def repetitions(
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    data = load_dataset(
-        args.dataset_path, args.p_f, args.p_e, args.data_seed, args.seed, args.sizes
-    )
+    data = call(load_dataset, options=vars(args))
     print(f"Data: {data.description}", flush=True)
 
     def on_device(digits: Digits) -> Split:

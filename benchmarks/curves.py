@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="iterations between two points")
     parser.add_argument("--figure", default=str(ROOT / "figures" / "curves.png"))
     args = parser.parse_args()
-    data = load_dataset(ROOT / "data", default_seed=args.seed)
+    data = load_dataset(ROOT / "data", seed=args.seed)
     cpu = torch.device("cpu")
     everything, test = Split(data.train, cpu), Split(data.test, cpu)
     kept, held_out = everything.hold_out(0.2, torch.Generator().manual_seed(1000 * args.seed))

@@ -42,10 +42,10 @@ def test_certain_flips(p_f, p_e):
 
 
 def test_drawn_once_and_anew_when_deleted(tmp_path):
-    first = load_dataset(tmp_path, default_seed=1)
-    assert torch.equal(load_dataset(tmp_path, default_seed=2).test.labels, first.test.labels)
+    first = load_dataset(tmp_path, seed=1)
+    assert torch.equal(load_dataset(tmp_path, seed=2).test.labels, first.test.labels)
     preprocessing.remove(tmp_path / "ColoredMNIST")
-    again = load_dataset(tmp_path, default_seed=2)
+    again = load_dataset(tmp_path, seed=2)
     assert not torch.equal(again.test.labels, first.test.labels)
     assert torch.equal(again.test.pixels, first.test.pixels)
 
@@ -61,6 +61,27 @@ def test_sizes_of_the_environments(command, tmp_path):
     too_many = command("preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 60000)
     assert_one_line(too_many, "--sizes", "60050")
     assert not (tmp_path / "new").exists()
+
+
+def test_shuffled_digits(command, tmp_path):
+    asked = ("--dataset_path", tmp_path, "--sizes", 40, 30, 10)
+    assert "shuffle_digits True" in command("preprocessing.py", *asked, "--shuffle_digits").stdout
+    data, images = load_dataset(tmp_path), load_mnist(tmp_path)[0]
+    assert not torch.equal(data.train.pixels, images[:70])
+    of_image = (data.train.pixels.unsqueeze(1) == images[:70]).flatten(2).all(2)
+    assert of_image.sum(0).eq(1).all()  # each of the first 70 digits, once
+    assert of_image[:40, 40:].any()  # and some of them in the other environment
+    assert torch.equal(data.test.pixels, images[70:80])
+    assert_one_line(command("preprocessing.py", *asked), "shuffle_digits True", "False")
+    other = load_dataset(tmp_path / "other", seed=5, sizes=(40, 30, 10), shuffle_digits=True)
+    assert not torch.equal(other.train.pixels, data.train.pixels)
+
+
+def test_files_that_do_not_say_whether_digits_are_shuffled(small_files):
+    folder = small_files
+    assert "shuffle_digits False" in load_dataset(folder.parent, shuffle_digits=False).description
+    with pytest.raises(UserError, match="shuffle_digits False"):
+        load_dataset(folder.parent, shuffle_digits=True)
 
 
 def test_dataset_interface(dataset_path):
