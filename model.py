@@ -182,24 +182,12 @@ class CNN(Network):
     ):
         if image_size != 28:
             raise UserError("the CNN takes images of 28 x 28: leave --image_size out")
-        super().__init__(
-            nn.Sequential(
-                nn.Unflatten(1, (channels, 28, 28)),
-                nn.Conv2d(channels, 32, 5),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-                nn.Conv2d(32, 64, 5),
-                nn.ReLU(),
-                nn.MaxPool2d(2),
-                nn.Flatten(),
-                nn.Linear(64 * 4 * 4, 64),
-                nn.ReLU(),
-                nn.Dropout(drop_rate),
-                nn.Linear(64, 1),
-            ),
-            channels,
-            raw_pixels,
-        )
+        layers = [nn.Unflatten(1, (channels, 28, 28))]
+        for maps, filters in ((channels, 32), (32, 64)):
+            layers += [nn.Conv2d(maps, filters, 5), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU()]
+        layers += [nn.Dropout(drop_rate), nn.Linear(64, 1)]
+        super().__init__(nn.Sequential(*layers), channels, raw_pixels)
 
 
 def group_means(groups: Tensor, count: int, *values: Tensor) -> list[Tensor]:
@@ -242,7 +230,7 @@ class Loss:
         """Binary cross entropy of each sample, (..., N)."""
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
 
-    def risks(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def risks(self, logits: Tensor, batch: Batch) -> Tensor:
         """R_e, (..., E); 0 for an environment that the minibatch lacks."""
         return group_means(batch.envs, self.environments, self.losses(logits, batch))[1]
 
