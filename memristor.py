@@ -22,26 +22,14 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+import trainer
 from dataset import Batch
 from model import Loss, Network
-from preprocessing import Parser, UserError, make_folder, number, run, save_figure
-from trainer import (
-    Repetition,
-    Run,
-    call,
-    evaluate,
-    parse_arguments,
-    repetitions,
-    seed_of,
-    summarize,
-    train,
-    training_parser,
-)
+from preprocessing import Parser, make_folder, need, number, run, save_figure
 
 try:
     import memtorch
     from memtorch.bh.nonideality.DeviceFaults import apply_device_faults
-    from memtorch.map.Parameter import naive_map
     from memtorch.mn.Module import patch_model
 except ImportError:
     memtorch = None
@@ -77,28 +65,17 @@ def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> 
 
 @contextmanager
 def quick_crossbars():
-    """Make MemTorch build crossbars that write devices in one pass, and shared ones not at all."""
-    original = memtorch.bh.crossbar.Crossbar
+    """Have MemTorch build crossbars without writing each conductance into its device as well.
 
-    class QuickCrossbar(original):
-        def update(self, from_devices: bool = True, parallelize: bool = False) -> None:
-            devices = self.devices.ravel()
-            # Shared devices: the matrix alone knows the conductances. A matrix of zeros: not yet
-            # programmed.
-            if devices[0] is devices[-1] or not self.conductance_matrix.any():
-                return
-            if from_devices:
-                super().update(from_devices=True)
-            for device, conductance in zip(
-                devices, self.conductance_matrix.ravel().tolist(), strict=True
-            ):
-                device.set_conductance(conductance)
-
-    memtorch.bh.crossbar.Crossbar = QuickCrossbar
+    It reads 1T1R cells from the crossbar's matrix alone; to look at devices, first write them by
+    the crossbar's `update(from_devices=False)`.
+    """
+    crossbar_class = memtorch.bh.crossbar.Crossbar
+    update, crossbar_class.update = crossbar_class.update, lambda *_, **__: None
     try:
         yield
     finally:
-        memtorch.bh.crossbar.Crossbar = original
+        crossbar_class.update = update
 
 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
@@ -134,12 +111,9 @@ def tile_currents(
     """
     height, width = tiles.shape[-2:]
     grid = tiles_map.long()
-    used = width
-    if len(grid[0]) == 1 and not tiles[:, :, columns:].any():
-        used = columns  # columns without current are no part of any result
-    total = voltages.new_zeros(len(voltages), len(grid[0]), used)
+    total = voltages.new_zeros(len(voltages), len(grid[0]), width)
     for volts, row in zip(voltages.split(height, 1), grid, strict=True):
-        strip = tiles[row, : volts.shape[1], :used].transpose(0, 1).flatten(1)
+        strip = tiles[row, : volts.shape[1]].transpose(0, 1).flatten(1)
         currents = (volts @ strip).view(total.shape)
         total += currents if bits is None else quantize_currents(currents, bits)
     return total.flatten(1)[:, :columns]
@@ -197,11 +171,8 @@ class CrossbarLayer(nn.Module):
         outputs = self.currents(self.rows(inputs)) * self.gain + self.offset
         if isinstance(self.layer, nn.Linear):
             return outputs
-        height, width = (
-            side - kernel + 1
-            for side, kernel in zip(inputs.shape[-2:], self.layer.kernel_size, strict=True)
-        )
-        return outputs.unflatten(0, (len(inputs), -1)).transpose(1, 2).unflatten(2, (height, width))
+        width = inputs.shape[-1] - self.layer.kernel_size[-1] + 1
+        return outputs.unflatten(0, (len(inputs), -1)).transpose(1, 2).unflatten(2, (-1, width))
 
 
 def to_crossbar(
@@ -221,7 +192,8 @@ def to_crossbar(
 ) -> nn.Module:
     """A copy of a network whose linear and convolutional layers are memristor crossbars.
 
-    MemTorch builds them: double-column scheme, naive mapping, 1T1R cells, VTEAM devices.
+    MemTorch builds them, of VTEAM devices; its defaults are the double-column scheme, naive
+    mapping, 1T1R cells and an ADC overflow rate of 0.
 
     Args:
         network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
@@ -238,8 +210,7 @@ def to_crossbar(
     Raises:
         UserError: MemTorch is not installed.
     """
-    if memtorch is None:
-        raise UserError(NOT_INSTALLED)
+    need(memtorch is not None, NOT_INSTALLED)
     images = images.cpu()
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
@@ -249,12 +220,9 @@ def to_crossbar(
             memristor_model=device_factory(r_on, r_off, device_variability, fault_seed),
             memristor_model_params={"cell": True},
             module_parameters_to_patch=[nn.Linear, nn.Conv2d],
-            mapping_routine=naive_map,
-            transistor=True,
             tile_shape=tuple(tile_shape),
             max_input_voltage=max_input_voltage,
             ADC_resolution=adc_resolution,
-            ADC_overflow_rate=0.0,
             quant_method="linear" if adc_resolution else None,
             verbose=False,
         )
@@ -330,7 +298,7 @@ class Imitation(Loss):
         return self.losses(logits, batch._replace(labels=labels)).mean(-1)
 
 
-def harden(run: Run, options: dict) -> Network:
+def harden(run: trainer.Run, options: dict) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
     Args:
@@ -340,18 +308,19 @@ def harden(run: Run, options: dict) -> Network:
     """
     options = options | {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
     print(f"Hardening: {options['iteration']} iterations")
+    torch.manual_seed(run.generator.initial_seed())
     hardened = copy.deepcopy(run.network)
     for layer in hardened.layers():
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if layer.weight.numel() > 1:
             parametrize.register_parametrization(layer, "weight", StuckDevices())
     run_on = run._replace(network=hardened, train=run.train.in_both_colors())
-    call(train, [run_on], Imitation(run.network), options=options)
+    trainer.call(trainer.train, [run_on], Imitation(run.network), options=options)
     return hardened
 
 
 def crossbar_parser() -> Parser:
-    parser = training_parser("Train on ColoredMNIST, move the network onto a memristor crossbar.")
+    parser = trainer.training_parser("Train, move the network onto a memristor crossbar, test.")
     side, amount, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
     add = parser.add_argument
     add("--tile_shape", type=side, nargs=2, default=(128, 128), help="rows and columns of a tile")
@@ -382,12 +351,12 @@ def describe(crossbar: nn.Module) -> str:
     return f"{len(layers)} layers on {tiles} tiles, {devices} devices"
 
 
-def on_crossbar(repetition: Repetition, options: dict) -> tuple[nn.Module, dict[str, float]]:
+def on_crossbar(repetition: trainer.Repetition, options: dict) -> tuple[nn.Module, dict]:
     """A repetition's network on a crossbar calibrated with training images; its test result."""
     network, calibration = repetition.run.network, next(repetition.run.train.chunks())
     images = network.paint(calibration.images, calibration.colors)
-    crossbar = call(to_crossbar, network, images, options=options)
-    return crossbar, evaluate(crossbar, repetition.test)
+    crossbar = trainer.call(to_crossbar, network, images, options=options)
+    return crossbar, trainer.evaluate(crossbar, repetition.test)
 
 
 def sweep(args: argparse.Namespace) -> None:
@@ -396,8 +365,7 @@ def sweep(args: argparse.Namespace) -> None:
     One network of each kind; as many fault patterns as asked, drawn as a band from worst to best.
     """
     args.repetitions = 1
-    (plain,) = repetitions(args)
-    torch.manual_seed(seed_of(args, 1))
+    (plain,) = trainer.repetitions(args)
     hardened = plain._replace(run=plain.run._replace(network=harden(plain.run, vars(args))))
     patterns = range(args.fault_seed, args.fault_seed + args.fault_patterns)
     proportions = (0, 0.025, 0.05, 0.1, 0.15, 0.2)
@@ -410,13 +378,12 @@ def sweep(args: argparse.Namespace) -> None:
     steps = 2 * sum(len(values) * len(seeds) for _, _, values, seeds, _ in panels)
     progress = tqdm(total=steps, disable=None, leave=False)
 
-    def accuracy(repetition: Repetition, **changed) -> float:
+    def accuracy(repetition: trainer.Repetition, **changed) -> float:
         progress.update()
         return 100 * on_crossbar(repetition, vars(args) | changed)[1]["Accuracy"]
 
-    of_each = ("plain", plain, "tab:orange"), ("hardened", hardened, "tab:blue")
-    for name, each, color in of_each:
-        digital = 100 * evaluate(each.run.network, each.test)["Accuracy"]
+    for name, each, color in (("plain", plain, "tab:orange"), ("hardened", hardened, "tab:blue")):
+        digital = 100 * trainer.evaluate(each.run.network, each.test)["Accuracy"]
         for axis, option, values, seeds, label in panels:
             rows = [[accuracy(each, fault_seed=s, **{option: v}) for s in seeds] for v in values]
             means, worst, best = ([of(row) for row in rows] for of in (fmean, min, max))
@@ -441,25 +408,23 @@ def sweep(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = crossbar_parser()
-    args = parse_arguments(parser)
+    args = trainer.parse_arguments(parser)
     if args.r_on >= args.r_off:
         parser.error(f"--r_on {args.r_on} is not below --r_off {args.r_off}")
     if args.lrs_proportion + args.hrs_proportion > 1:
         parser.error("--lrs_proportion and --hrs_proportion add up to more than 1")
-    if memtorch is None:
-        raise UserError(NOT_INSTALLED)
+    need(memtorch is not None, NOT_INSTALLED)
     if args.sweep:
         make_folder(Path(args.figure).parent)
         return sweep(args)
-    digital_results, results = [], []
-    for repetition in repetitions(args, harden if args.harden else None):
+    results = []
+    for repetition in trainer.repetitions(args, harden if args.harden else None):
         crossbar, result = on_crossbar(repetition, vars(args))
         print(f"Crossbar: {describe(crossbar)}")
         print(f"Crossbar test result: {result}", flush=True)
-        digital_results.append(repetition.result)
-        results.append(result)
-    print(f"Digital: {summarize(digital_results)}")
-    print(f"Summary: {summarize(results)}")
+        results.append((repetition.result, result))
+    for name, of_each in zip(("Digital", "Summary"), zip(*results, strict=True), strict=True):
+        print(f"{name}: {trainer.summarize(of_each)}")
 
 
 if __name__ == "__main__":

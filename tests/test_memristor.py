@@ -188,11 +188,14 @@ def test_variable_devices_differ(networks, splits):
     sample = images(splits[0], 300)
     network = MLP(1568, (8,))
     crossbar = to_crossbar(network, sample, device_variability=0.2, fault_seed=3)
-    devices = crossbar.phi[0].layer.crossbars[0].devices.ravel()
+    columns = crossbar.phi[0].layer.crossbars[0]
+    devices = columns.devices.ravel()
     r_on = np.array([device.r_on for device in devices])
     assert abs(r_on.mean() / 1.4e4 - 1) < 0.02 and abs(r_on.std() / r_on.mean() - 0.2) < 0.02
-    matrix = crossbar.phi[0].layer.crossbars[0].conductance_matrix.ravel()
-    assert np.allclose([device.g for device in devices], matrix, rtol=1e-5)
+    # Each within the limits of its own device: writing it into the device changes nothing.
+    columns.update(from_devices=False)
+    written = [device.g for device in devices]
+    assert np.allclose(written, columns.conductance_matrix.ravel(), rtol=1e-5)
     again = to_crossbar(network, sample, device_variability=0.2, fault_seed=3)
     assert torch.equal(crossbar(sample), again(sample))
     other = to_crossbar(network, sample, device_variability=0.2, fault_seed=4)
