@@ -36,11 +36,7 @@ class Split:
     """
 
     def __init__(
-        self,
-        digits: Digits,
-        device: torch.device,
-        image_size: int = 28,
-        raw_pixels: bool = False,
+        self, digits: Digits, device: torch.device, image_size: int = 28, raw_pixels: bool = False
     ):
         step = 28 // image_size
         self.mean, self.std = (0.0, 1.0) if raw_pixels else (MEAN, STD)
@@ -83,10 +79,7 @@ class Split:
         return self.batches(self.index.split(CHUNK))
 
     def batches(
-        self,
-        indices: Iterable[Tensor],
-        shift: int = 0,
-        generators: Sequence[torch.Generator] = (),
+        self, indices: Iterable[Tensor], shift: int = 0, generators: Sequence[torch.Generator] = ()
     ) -> Iterator[Batch]:
         """The digits at each of `indices` (…, N); each batch overwrites the last one's images.
 
@@ -118,13 +111,10 @@ def minibatches(
 
     def indices() -> Iterator[Tensor]:
         while True:
-            index = torch.stack(
-                [
-                    part.index[torch.randperm(count, generator=generator).to(part.index.device)]
-                    for part, generator in zip(parts, generators, strict=True)
-                ]
-            )
-            index = index[:, : count // size * size].unflatten(1, (-1, size))
+            orders = [torch.randperm(count, generator=generator) for generator in generators]
+            passes = [part.part(order) for part, order in zip(parts, orders, strict=True)]
+            index = torch.stack([each.index[: count // size * size] for each in passes])
+            index = index.unflatten(1, (-1, size))
             order = parts[0].colors[index].argsort(dim=-1, descending=True, stable=True)
             yield from index.gather(-1, order).unbind(1)
 
@@ -138,9 +128,7 @@ def move(images: Tensor, shift: int, generators: Sequence[torch.Generator]) -> T
     """
     count, pixels = images.shape
     side, each = math.isqrt(pixels), (2, count // len(generators))
-    draws = [
-        torch.randint(-shift, shift + 1, each, generator=generator) for generator in generators
-    ]
+    draws = [torch.randint(-shift, shift + 1, each, generator=own) for own in generators]
     down, right = torch.cat(draws, 1).to(images.device)
     margin = shift * (side + 1)
     padded = images.new_zeros(count + 1, margin + pixels)

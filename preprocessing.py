@@ -4,7 +4,6 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 """
 
 import argparse
-import gc
 import io
 import json
 import math
@@ -15,7 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +34,12 @@ BUNDLED_MNIST = Path(__file__).parent / "data" / "mnist.npz"
 
 class UserError(Exception):
     """A mistake that the user can mend; the message is the one line that they see."""
+
+
+def need(condition: bool, otherwise: str) -> None:
+    """Raise UserError with the message `otherwise` unless the condition holds."""
+    if not condition:
+        raise UserError(otherwise)
 
 
 class Digits(NamedTuple):
@@ -111,8 +116,9 @@ def load_mnist(dataset_path: Path) -> tuple[Tensor, Tensor]:
             images, digits = archive["x_train"], archive["y_train"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged ({error}): replace or delete it") from None
-    if images.shape != (60000, 28, 28) or digits.shape != (60000,) or images.dtype != np.uint8:
-        raise UserError(f"{path} does not hold the 60000 MNIST training images: replace it")
+    whole = images.shape == (60000, 28, 28) and digits.shape == (60000,)
+    whole = whole and images.dtype == np.uint8
+    need(whole, f"{path} does not hold the 60000 MNIST training images: replace it")
     return torch.from_numpy(images), torch.from_numpy(digits.astype(np.uint8))
 
 
@@ -125,11 +131,9 @@ def download_mnist(path: Path) -> Path:
         try:
             mnist = MNIST(folder, train=True, download=True)
         except (RuntimeError, OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"MNIST could not be downloaded ({one_line(error)}): put mnist.npz into "
-                f"{path.parent}, or train1.pt, train2.pt and test.pt into "
-                f"{path.parent / 'ColoredMNIST'}"
-            ) from None
+            puts = f"put mnist.npz into {path.parent}, or train1.pt, train2.pt and test.pt into"
+            reason = f"MNIST could not be downloaded ({one_line(error)})"
+            raise UserError(f"{reason}: {puts} {path.parent / 'ColoredMNIST'}") from None
         remove(folder)
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, x_train=mnist.data.numpy(), y_train=mnist.targets.numpy())
@@ -196,11 +200,6 @@ def make_dataset(
 
 
 IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
-
-
-def need(condition: bool, otherwise: str) -> None:
-    if not condition:
-        raise UserError(otherwise)
 
 
 class PickledImage:
@@ -332,38 +331,35 @@ def load_dataset(
 
     Raises UserError if the files are damaged, of no known form, or drawn otherwise than asked.
     """
-    if sizes is not None and sum(sizes) > sum(SIZES):
-        raise UserError(f"--sizes adds up to {sum(sizes)}, and there are {sum(SIZES)} digits")
+    total, most = sum(sizes or SIZES), sum(SIZES)
+    need(total <= most, f"--sizes adds up to {total}, and there are {most} digits")
     asked = {"p_f": p_f, "p_e": p_e and [*p_e], "seed": data_seed, "sizes": sizes and [*sizes]}
     asked["shuffle_digits"] = shuffle_digits
-    drawing = {"seed": seed} | {name: v for name, v in asked.items() if v is not None}
-    folder = make_dataset(Path(dataset_path), **drawing)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    folder = make_dataset(Path(dataset_path), **{"seed": seed} | asked)
     anew = "delete it to draw it anew, or give another --dataset_path"
     present = {path.stem for path in folder.glob("*.pt")}
     names = {name: env for env, name in enumerate(ENVIRONMENTS)}
     framework = {"train", "val", "test"} <= present and not names.keys() <= present
-    if framework:
-        names = {"train": None, "val": None, "test": 2}
-    elif missing := ", ".join(f"{name}.pt" for name in names if name not in present):
-        raise UserError(f"{folder} lacks {missing}: put it there, or {anew}")
+    names = {"train": None, "val": None, "test": 2} if framework else names
+    missing = ", ".join(f"{name}.pt" for name in names if name not in present)
+    need(not missing, f"{folder} lacks {missing}: put it there, or {anew}")
     read = (read_environment(folder / f"{name}.pt", env) for name, env in names.items())
-    digits, draws = zip(*read, strict=True)
-    if any(drawn != draws[0] for drawn in draws):
-        raise UserError(f"{folder} mixes files of different draws: {anew}")
-    found = torch.cat([part.envs for part in digits]).bincount(minlength=3).tolist()
-    for name, value in (draws[0] | {"sizes": found}).items():
-        if asked[name] is not None and asked[name] != value:
-            raise UserError(f"{folder} has {name} {value}, asked for is {asked[name]}: {anew}")
-    train, validation, test = digits
+    digits, (drawn, *others) = zip(*read, strict=True)
+    need(others == [drawn, drawn], f"{folder} mixes files of different draws: {anew}")
+    sizes_found = torch.cat([part.envs for part in digits]).bincount(minlength=3).tolist()
+    found = drawn | {"sizes": sizes_found}
+    for name, value in asked.items():
+        has = f"{folder} has {name} {found.get(name)}, asked for is {value}"
+        need(name not in found or found[name] == value, f"{has}: {anew}")
+    form = "lists of (image, label, colour) (the course project's form)"
     if framework:
         form = "normalised tensors (the course framework's form), split as given"
-    else:
-        train, validation = concatenate(digits[:2]), None
-        form = "lists of (image, label, colour) (the course project's form)"
-    if draws[0]:
-        form = "drawn with " + ", ".join(f"{key} {value}" for key, value in draws[0].items())
-    if any(part.labels.min() == part.labels.max() for part in (train, test)):
-        raise UserError(f"{folder} has images of one label only: {anew}")
+    if drawn:
+        form = "drawn with " + ", ".join(f"{name} {value}" for name, value in drawn.items())
+    train, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
+    both = all(part.labels.min() < part.labels.max() for part in (train, test))
+    need(both, f"{folder} has images of one label only: {anew}")
     return Dataset(train, validation, test, f"{folder}, {form}")
 
 
@@ -438,51 +434,48 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-class Parser(argparse.ArgumentParser):
-    """Shows defaults in --help, and says what is wrong with an argument in one line (status 2)."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def number(
     kind: type, low: float, high: float = math.inf, above: bool = False
 ) -> Callable[[str], float]:
     """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
 
+    bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+    what = f"a {'whole ' if kind is int else ''}number {bounds}"
+
     def parse(text: str) -> float:
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if (low < value if above else low <= value) and value <= high and value != math.inf:
-            return value
-        bound = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-        whole = "a whole" if kind is int else "a"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {whole} number {bound}")
+            if (low < value if above else low <= value) and value <= high and value != math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
 
     return parse
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    add, probability, names = parser.add_argument, number(float, 0, 1), ("TRAIN1", "TRAIN2", "TEST")
-    add("--dataset_path", default="./data", help="folder of ColoredMNIST")
-    add("--p_f", type=probability, default=P_F, help="probability of flipping a label, 0 to 1")
-    each = "probabilities that colour is not the label, 0 to 1"
-    add("--p_e", type=probability, nargs=3, default=P_E, metavar=names, help=each)
-    each = f"digits of each environment, {sum(SIZES)} together at most (default: {SIZES[0]} each)"
-    add("--sizes", type=number(int, 2), nargs=3, metavar=names, help=each)
-    shuffled = "shuffle the digits of TRAIN1 and TRAIN2 together before they are divided"
-    add("--shuffle_digits", action="store_true", help=shuffled)
+class Parser(argparse.ArgumentParser):
+    """The arguments that all command lines share: those of the data.
+
+    Shows defaults in --help, and says what is wrong with an argument in one line (status 2).
+    """
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        add, share, names = self.add_argument, number(float, 0, 1), ("TRAIN1", "TRAIN2", "TEST")
+        add("--dataset_path", default="./data", help="folder of ColoredMNIST")
+        add("--p_f", type=share, default=P_F, help="probability of flipping a label, 0 to 1")
+        each = "probabilities that colour is not the label, 0 to 1"
+        add("--p_e", type=share, nargs=3, default=P_E, metavar=names, help=each)
+        each = f"digits of each environment, {sum(SIZES)} in all at most (default: {SIZES[0]} each)"
+        add("--sizes", type=number(int, 2), nargs=3, metavar=names, help=each)
+        shuffled = "shuffle the digits of TRAIN1 and TRAIN2 together before they are divided"
+        add("--shuffle_digits", action="store_true", help=shuffled)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def run(main: Callable[[], None]) -> None:
     """Call a command line's `main`, then exit; a user's mistake and Ctrl-C end in one line."""
-    # The thousands of objects of torch live to the end: no need to look through them until then.
-    gc.freeze()
     script = Path(sys.argv[0]).name
     try:
         main()
@@ -501,13 +494,9 @@ def run(main: Callable[[], None]) -> None:
 
 def main() -> None:
     parser = Parser("Draw the three environments of ColoredMNIST and show samples of them.")
-    add_data_arguments(parser)
-    seed = number(int, 0, 2**63 - 1)
-    parser.add_argument(
-        "--seed", dest="data_seed", metavar="SEED", type=seed, help="what to draw with"
-    )
-    where = "PNG of sample digits (default: samples.png in the folder)"
-    parser.add_argument("--figure", help=where)
+    add, seed = parser.add_argument, number(int, 0, 2**63 - 1)
+    add("--seed", dest="data_seed", metavar="SEED", type=seed, help="what to draw with")
+    add("--figure", help="PNG of sample digits (default: samples.png in the folder)")
     drawing = vars(parser.parse_args())
     path, figure = Path(drawing["dataset_path"]), drawing.pop("figure")
     print(load_dataset(**drawing).description)

@@ -2,11 +2,10 @@
 
 import argparse
 import inspect
-import itertools
 import runpy
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import NamedTuple
 
 import torch
@@ -19,16 +18,7 @@ from tqdm import tqdm
 from dataset import Split, minibatches
 from metric import metrics
 from model import Loss, Network
-from preprocessing import (
-    Digits,
-    Parser,
-    UserError,
-    add_data_arguments,
-    load_dataset,
-    make_folder,
-    number,
-    replacing,
-)
+from preprocessing import Parser, load_dataset, make_folder, need, number, replacing
 from register import NETWORKS, TRAINERS, canonical_name
 
 
@@ -38,7 +28,6 @@ def training_parser(description: str) -> Parser:
     named = (TRAINERS | NETWORKS).items()
     own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in named if cls.defaults]
     parser.epilog = f"Defaults of their own: {'; '.join(own)}"
-    add_data_arguments(parser)
     add, seed, share = parser.add_argument, number(int, 0, 2**32 - 1), number(float, 0, 1)
     count, rate, amount = number(int, 1), number(float, 0, above=True), number(float, 0)
     add("--seed", type=seed, default=1234, help="seed of all random draws")
@@ -145,21 +134,16 @@ def repetitions(
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
     data = call(load_dataset, options=vars(args))
     print(f"Data: {data.description}", flush=True)
-
-    def on_device(digits: Digits) -> Split:
-        return Split(digits, device, args.image_size, args.raw_pixels)
-
-    test, all_train = on_device(data.test).by_color(), on_device(data.train)
-    given_validation = data.validation and on_device(data.validation)
-    del data
-    numbers = range(1, args.repetitions + 1)
-    runs = [start(args, number, all_train, given_validation) for number in numbers]
+    all_train, validation, test = (
+        digits and call(Split, digits, device, options=vars(args)) for digits in data[:3]
+    )
+    test = test.by_color()
+    runs = [start(args, n + 1, all_train, validation) for n in range(args.repetitions)]
     loss = call(TRAINERS[args.trainer], options=vars(args))
     call(train, runs, loss, options=vars(args))
     for run in runs:
         print(f"Repetition {run.number} of {args.repetitions}")
         if harden is not None:
-            torch.manual_seed(seed_of(args, run.number))
             run = run._replace(network=harden(run, vars(args)))
         logits, recolored = predict(run.network, test), predict(run.network, test, recolored=True)
         result = metrics(logits, test.labels[test.index])
@@ -171,18 +155,13 @@ def repetitions(
         yield Repetition(run, test, result, flips)
 
 
-def seed_of(args: argparse.Namespace, number: int) -> int:
-    """The seed of one repetition's draws."""
-    return 1000 * args.seed + number - 1
-
-
 def start(args: argparse.Namespace, number: int, data: Split, validation: Split | None) -> Run:
     """A repetition with its own draws: which samples are held out, their order, first weights."""
-    generator = torch.Generator().manual_seed(seed_of(args, number))
+    generator = torch.Generator().manual_seed(1000 * args.seed + number - 1)
     if validation is None and args.validation:
         data, validation = data.hold_out(args.validation, generator)
     # Initial weights and dropout are drawn by torch, which reads its global generator.
-    torch.manual_seed(seed_of(args, number))
+    torch.manual_seed(generator.initial_seed())
     channels = 1 if args.grayscale else 2
     options = vars(args) | {"inputs": channels * data.images.shape[1], "channels": channels}
     network = call(NETWORKS[args.network], options=options).to(data.images.device)
@@ -229,12 +208,13 @@ def train(
     """
     # All weights in one matrix, a row for each network, whose own parameters become views of it.
     of_each = [[p for p in run.network.train().parameters() if p.requires_grad] for run in runs]
-    parameters = list(itertools.chain.from_iterable(of_each))
+    parameters = [parameter for own in of_each for parameter in own]
     weights = torch.stack([parameters_to_vector(own) for own in of_each]).detach()
-    set_weights(of_each, weights)
-    averaged, sum_of_weights = round(average_last * iteration), torch.zeros_like(weights)
-    moments = [torch.zeros_like(weights)], [torch.zeros_like(weights)]
-    adam_state = *moments, [], [torch.zeros((), device=weights.device)]
+    for own, row in zip(of_each, weights, strict=True):
+        vector_to_parameters(row, own)
+    averaged = round(average_last * iteration)
+    sum_of_weights, first, second = (torch.zeros_like(weights) for _ in range(3))
+    adam_state = [first], [second], [], [weights.new_zeros(())]
     adam_settings = {"lr": learning_rate, "eps": epsilon, "beta1": 0.9, "beta2": 0.999}
     adam_settings |= {"fused": True, "amsgrad": False, "maximize": False}
     parts, generators = [run.train for run in runs], [run.generator for run in runs]
@@ -244,11 +224,9 @@ def train(
         inputs = zip(runs, batch.images, batch.colors, strict=True)
         logits = torch.stack([run.network(images, colors) for run, images, colors in inputs])
         objectives = loss(logits, batch)
-        if objectives.shape != (len(runs),):
-            raise UserError(
-                f"{type(loss).__name__} gives {tuple(objectives.shape)} objectives for logits of "
-                f"{tuple(logits.shape)}: a loss is to reduce over the last dimension alone"
-            )
+        shapes = f"{tuple(objectives.shape)} objectives for logits of {tuple(logits.shape)}"
+        mixes = f"{type(loss).__name__} gives {shapes}: it is to reduce over the last dimension"
+        need(objectives.shape == (len(runs),), mixes)
         objective = objectives.sum()
         require_finite(objective, "the objective", step)
         gradients = torch.autograd.grad(objective, parameters, materialize_grads=True)
@@ -262,24 +240,18 @@ def train(
         if step > iteration - averaged:
             sum_of_weights += weights
         if step % evaluation_steps == 0:
-            for run, (first, second) in zip(runs, loss.risks(logits.detach(), batch), strict=True):
+            for run, risks in zip(runs, loss.risks(logits.detach(), batch), strict=True):
                 line = f"Repetition {run.number}, iteration {step}: "
-                line += f"loss of train1 {first:.4f}, train2 {second:.4f}"
+                line += "loss of train1 {:.4f}, train2 {:.4f}".format(*risks)
                 if run.validation is not None:
                     line += f"; validation {evaluate(run.network, run.validation)}"
                     run.network.train()
                 print(line, flush=True)
     require_finite(weights, "a weight", iteration)
     trained = sum_of_weights / averaged if averaged else weights
-    set_weights(of_each, [row.clone() for row in trained])  # no memory shared between networks
-    for run in runs:
+    for run, own, row in zip(runs, of_each, trained, strict=True):
+        vector_to_parameters(row.clone(), own)  # no memory shared between networks
         finish(run, averaged > 0)
-
-
-def set_weights(parameters: list[list[nn.Parameter]], weights: Iterable[Tensor]) -> None:
-    """Make the parameters of each network views of its row of `weights`."""
-    for own, row in zip(parameters, weights, strict=True):
-        vector_to_parameters(row, own)
 
 
 def finish(run: Run, averaged: bool) -> None:
@@ -295,11 +267,8 @@ def finish(run: Run, averaged: bool) -> None:
 
 
 def require_finite(values: Tensor, what: str, iteration: int) -> None:
-    if not values.isfinite().all():
-        raise UserError(
-            f"training diverged: {what} is nan or infinite at iteration {iteration}; lower "
-            "--learning_rate, --reg_lambda or --eta"
-        )
+    diverged = f"training diverged: {what} is nan or infinite at iteration {iteration}"
+    need(values.isfinite().all(), f"{diverged}; lower --learning_rate, --reg_lambda or --eta")
 
 
 @torch.no_grad()
@@ -310,11 +279,8 @@ def predict(network: Network, split: Split, recolored: bool = False) -> Tensor:
     """
     network.eval()
     device = network.output_layer.device
-    logits = []
-    for batch in split.chunks():
-        colors = 1 - batch.colors if recolored else batch.colors
-        logits.append(network(batch.images.to(device), colors.to(device)))
-    return torch.cat(logits)
+    chunks = ((batch.images, batch.colors ^ recolored) for batch in split.chunks())
+    return torch.cat([network(images.to(device), colors.to(device)) for images, colors in chunks])
 
 
 def evaluate(network: Network, split: Split) -> dict[str, float]:
@@ -328,8 +294,7 @@ def summarize(results: list[dict[str, float]]) -> dict[str, float]:
     summary = {}
     for name in results[0]:
         values = [result[name] for result in results]
-        summary[f"{name}_testmean"] = statistics.fmean(values)
-        summary[f"{name}_teststd"] = statistics.pstdev(values)
+        summary |= {f"{name}_testmean": fmean(values), f"{name}_teststd": pstdev(values)}
     return summary
 
 
