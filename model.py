@@ -120,7 +120,8 @@ class MLP(Network):
         count = int(like_first.sum())
         if not like_first[:count].all():
             return super().forward(images, colors)
-        lit, dark = first.weight.unflatten(1, (2, -1)).unbind(1)[:: 1 if colors[0] else -1]
+        red, green = first.weight.unflatten(1, (2, -1)).unbind(1)
+        lit, dark = (red, green) if colors[0] else (green, red)
         bias = 0 if first.bias is None else first.bias
         hidden = [
             F.linear(images[:count], lit, bias + self.black * dark.sum(1)),

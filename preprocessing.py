@@ -438,7 +438,6 @@ def number(
     kind: type, low: float, high: float = math.inf, above: bool = False
 ) -> Callable[[str], float]:
     """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
-
     bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
     what = f"a {'whole ' if kind is int else ''}number {bounds}"
 
