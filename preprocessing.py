@@ -131,9 +131,9 @@ def download_mnist(path: Path) -> Path:
         try:
             mnist = MNIST(folder, train=True, download=True)
         except (RuntimeError, OSError, ValueError, EOFError) as error:
-            puts = f"put mnist.npz into {path.parent}, or train1.pt, train2.pt and test.pt into"
             reason = f"MNIST could not be downloaded ({one_line(error)})"
-            raise UserError(f"{reason}: {puts} {path.parent / 'ColoredMNIST'}") from None
+            remedy = f"put mnist.npz into {path.parent}, or train1.pt, train2.pt and test.pt into"
+            raise UserError(f"{reason}: {remedy} {path.parent / 'ColoredMNIST'}") from None
         remove(folder)
     with replacing(path) as partial, open(partial, "wb") as file:
         np.savez_compressed(file, x_train=mnist.data.numpy(), y_train=mnist.targets.numpy())
