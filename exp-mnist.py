@@ -5,17 +5,44 @@ python exp-mnist.py --seed 1234 --trainer IRM > IRM_log.txt
 
 from statistics import fmean
 
-from preprocessing import run
-from trainer import parse_arguments, repetitions, summarize, training_parser
+import torch
+
+from dataset import load_dataset
+from metric import metrics, summarize
+from preprocessing import run_command
+from register import NETWORKS, TRAINERS
+from trainer import arguments_of, parse_arguments, pick_device, predict, save, train
 
 
 def main() -> None:
-    args = parse_arguments(training_parser("Train on ColoredMNIST by ERM, groupDRO, IRM, ..."))
-    done = [(repetition.result, repetition.flip_rate) for repetition in repetitions(args)]
-    results, flip_rates = zip(*done, strict=True)
+    args = parse_arguments("Train on ColoredMNIST by ERM, groupDRO, IRM or backdoor adjustment.")
+    print(f"Arguments: {vars(args)}")
+    device = pick_device(args)
+    Network, Loss = NETWORKS[args.network], TRAINERS[args.trainer]
+
+    data = load_dataset(args.dataset_path, args.seed).to(device, args.grayscale)
+    print(f"Data: {data.description}", flush=True)
+
+    results, flip_rates = [], []
+    for repetition in range(1, args.repetitions + 1):
+        print(f"Repetition {repetition} of {args.repetitions}")
+        torch.manual_seed(1000 * args.seed + repetition - 1)
+        training, validation = data.hold_out(args.validation)
+        network = Network(channels=1 if args.grayscale else 2, **arguments_of(Network, args))
+        loss = Loss(**arguments_of(Loss, args))
+        network = train(network.to(device), loss, training, validation, **arguments_of(train, args))
+
+        logits, recolored = predict(network, data.test), predict(network, data.test.recolored())
+        results.append(metrics(logits, data.test.labels))
+        flip_rates.append(((logits > 0) != (recolored > 0)).double().mean().item())
+        print(f"Test result: {results[-1]}")
+        print(f"Flip rate: {flip_rates[-1]}", flush=True)
+        if args.save_model:
+            save(network, args, repetition)
+
     print(f"Mean flip rate: {fmean(flip_rates)}")
     print(f"Summary: {summarize(results)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)
