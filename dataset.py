@@ -1,9 +1,10 @@
 """Files of ColoredMNIST → digits on the device, and minibatches of them."""
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,17 +40,17 @@ class Digits:
     colors: Tensor  # (N,) int64
     envs: Tensor  # (N,) int64
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Digits":
-        return Digits(*(change(getattr(self, field.name)) for field in fields(self)))
-
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.images, self.labels, self.colors, self.envs))
+
     def __getitem__(self, index: Tensor) -> "Digits":
-        return self.each(lambda tensor: tensor[index.to(tensor.device)])
+        return Digits(*(tensor[index.to(tensor.device)] for tensor in self))
 
     def to(self, device: torch.device) -> "Digits":
-        return self.each(lambda tensor: tensor.to(device))
+        return Digits(*(tensor.to(device) for tensor in self))
 
     def recolored(self) -> "Digits":
         """The same digits in the other colour: channels exchanged."""
@@ -97,8 +98,7 @@ class Digits:
 
 def concatenate(parts: Iterable[Digits]) -> Digits:
     """Several sets of digits as one, in their order."""
-    parts = list(parts)
-    return Digits(*(torch.cat([getattr(p, field.name) for p in parts]) for field in fields(Digits)))
+    return Digits(*map(torch.cat, zip(*parts, strict=True)))
 
 
 class Dataset(NamedTuple):
@@ -111,19 +111,19 @@ class Dataset(NamedTuple):
 
     def to(self, device: torch.device, grayscale: bool = False) -> "Dataset":
         """The same on a device, and without colour if `grayscale`."""
-        parts = (digits and digits.to(device) for digits in self[:3])
-        return Dataset(*((d.grayscale() if d and grayscale else d) for d in parts), self[3])
+        parts = [digits and digits.to(device) for digits in self[:3]]
+        if grayscale:
+            parts = [digits and digits.grayscale() for digits in parts]
+        return Dataset(*parts, self.description)
 
     def hold_out(self, proportion: float) -> tuple[Digits, Digits | None]:
         """Digits to train on and digits for validation: drawn at random, unless the files say."""
-        count = len(self.training)
-        if self.validation is not None or not proportion or count < 2:
+        if self.validation is not None or not proportion:
             return self.training, self.validation
-        order, kept = (
-            torch.randperm(count),
-            count - min(max(1, round(proportion * count)), count - 1),
-        )
-        return self.training[order[:kept]], self.training[order[kept:]]
+        count = len(self.training)
+        held_out = min(max(1, round(proportion * count)), count - 1)
+        order = torch.randperm(count)
+        return self.training[order[held_out:]], self.training[order[:held_out]]
 
 
 def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
@@ -139,16 +139,14 @@ def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
     framework = {"train", "val", "test"} <= present and not names.keys() <= present
     names = {"train": None, "val": None, "test": 2} if framework else names
     missing = ", ".join(f"{name}.pt" for name in names if name not in present)
-    if missing:
-        raise UserError(f"{folder} lacks {missing}: put it there, or {anew}")
+    refuse(missing, f"{folder} lacks {missing}: put it there, or {anew}")
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
-    if len(set(forms)) > 1:
-        raise UserError(f"{folder} mixes files of different draws or forms: {anew}")
+    refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
     training, validation, test = digits
     if not framework:
         training, validation = concatenate(digits[:2]), None
-    if any(part.labels.min() == part.labels.max() for part in (training, test)):
-        raise UserError(f"{folder} has images of one label only: {anew}")
+    one_label = any(part.labels.min() == part.labels.max() for part in (training, test))
+    refuse(one_label, f"{folder} has images of one label only: {anew}")
     return Dataset(training, validation, test, f"{folder}, {forms[0]}")
 
 
@@ -164,21 +162,31 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         checked = zipfile.is_zipfile(path)
         if checked:  # torch.load does not compare the checksums of what it reads
             with zipfile.ZipFile(path) as archive:
-                refuse(archive.testzip() is not None, "its checksums do not fit")
-        with torch.serialization.safe_globals(STAND_INS):
+                refuse(archive.testzip(), "its checksums do not fit")
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
+        envs = []
         if isinstance(record, dict):
-            digits, form = read_own_form(record)
+            images, labels, colors = (record[key] for key in ("images", "labels", "colors"))
+            drawn = {key: record.get(key) for key in ("p_f", "p_e", "shuffle_digits", "seed")}
+            form = "drawn with " + ", ".join(f"{k} {json.dumps(v)}" for k, v in drawn.items())
         elif isinstance(record[0], Tensor):
-            refuse(len(record) != 2 + (env is None), f"it has {len(record)} tensors")
-            digits, form = read_framework_form(*record)
+            images, labels, *envs = record
+            refuse(len(envs) != (env is None), f"it is a list of {len(record)} tensors")
+            images, form = denormalized(images), "normalised tensors (the course framework's form)"
+            colors = images[:, 0].flatten(1).any(1)
         else:
-            digits, form = read_course_project_form(record)
-        if env is not None:
-            digits.envs = torch.full((len(digits),), env)
-        check(digits, environments=2 if env is None else 3)
-        unchecked = "" if checked else ", in torch's old format, which has no checksums"
-        return digits, form + unchecked
+            images, labels, colors = zip(*record, strict=True)
+            types = {*map(type, labels)} == {int} and {*map(type, colors)} == {bool}
+            refuse(not types, "it does not hold tuples of (image, int label, bool colour)")
+            pixels = bytearray(b"".join(image.data for image in images))
+            images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
+            labels, colors = torch.tensor(labels), torch.tensor(colors)
+            form = "tuples of (image, label, colour) (the course project's form)"
+        envs = envs[0] if envs else torch.full((len(labels),), env)
+        form += "" if checked else ", in torch's old format, which has no checksums"
+        return checked_digits(images, labels, colors, envs, 1 if env is None else 2), form
     except Exception as error:  # whatever a stranger's bytes may provoke
         known = isinstance(error, (UserError, OSError))
         reason = error if known else "it is damaged, or of no known form"
@@ -187,68 +195,39 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         ) from None
 
 
-def refuse(condition: bool, reason: str) -> None:
+def refuse(condition: object, reason: str) -> None:
     """Raise UserError with the reason if the condition holds."""
     if condition:
         raise UserError(reason)
 
 
-def read_own_form(record: dict) -> tuple[Digits, str]:
-    """What `preprocessing.draw_environments` wrote."""
-    drawn = {key: record.get(key) for key in ("p_f", "p_e", "shuffle_digits", "seed")}
-    form = ", ".join(f"{key} {json.dumps(value)}" for key, value in drawn.items())
-    return rgb_digits(record["images"], record["labels"], record["colors"]), f"drawn with {form}"
-
-
-def read_framework_form(images: Tensor, labels: Tensor, *envs: Tensor) -> tuple[Digits, str]:
-    """(N, 2352) normalised floats, whose grey levels are recovered exactly."""
-    refuse(not images.is_floating_point() or images.shape[1:] != (2352,), IMAGES)
-    levels = (images[:, :1568] * STD + MEAN) * 255
-    grey = levels.round().nan_to_num(-1)
-    exact = (levels - grey).abs().max() <= 0.05 and grey.min() >= 0 and grey.max() <= 255
-    normalised = exact and not images[:, 1568:].any()
-    refuse(not normalised, "its images are not normalised as the assignment says")
-    rgb = torch.cat([grey.to(torch.uint8), torch.zeros(len(grey), 784, dtype=torch.uint8)], 1)
-    rgb = rgb.view(-1, 3, 28, 28)
-    digits = rgb_digits(rgb, labels, rgb[:, 0].flatten(1).any(1))
-    digits.envs = envs[0].long() if envs else digits.envs
-    return digits, "normalised tensors (the course framework's form), split as given"
-
-
-def read_course_project_form(record: list) -> tuple[Digits, str]:
-    """Tuples of (PIL image, label, colour); the latter may be NumPy's numbers as well."""
-    images, labels, colors = zip(*record, strict=True)
-    kinds = {*map(type, labels)} <= {int}, {*map(type, colors)} <= {bool}
-    refuse(kinds != (True, True), "it does not hold tuples of (image, int label, bool colour)")
-    pixels = bytearray(b"".join(image.data for image in images))
-    rgb = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
-    form = "lists of (image, label, colour) (the course project's form)"
-    return rgb_digits(rgb, torch.tensor(labels), torch.tensor(colors)), form
-
-
 IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
 
 
-def rgb_digits(images: Tensor, labels: Tensor, colors: Tensor) -> Digits:
-    """RGB images (N, 3, 28, 28) uint8 as Digits of environment 0; UserError if blue is not 0."""
+def denormalized(images: Tensor) -> Tensor:
+    """Normalised floats (N, 2352) → the grey levels that they were, (N, 3, 28, 28) uint8."""
+    refuse(not images.is_floating_point() or images.shape[1:] != (2352,), IMAGES)
+    levels = (images * STD + MEAN) * 255
+    levels[:, 1568:] = images[:, 1568:]  # blue is not normalised
+    grey = levels.round().nan_to_num(-1)
+    exact = (levels - grey).abs().max() <= 0.05 and grey.min() >= 0 and grey.max() <= 255
+    refuse(not exact, "its images are not normalised as the assignment says")
+    return grey.to(torch.uint8).view(-1, 3, 28, 28)
+
+
+def checked_digits(
+    images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor, last: int
+) -> Digits:
+    """RGB images (N, 3, 28, 28) as Digits; UserError for other shapes, types or values."""
     refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28), IMAGES)
-    refuse(bool(images[:, 2].any()), "a digit is not in its colour's channel alone")
-    envs = torch.zeros(len(images), dtype=torch.int64)
-    return Digits(images[:, :2].contiguous(), labels, colors.long(), envs)
-
-
-def check(digits: Digits, environments: int) -> None:
-    """Raise UserError for shapes or values that digits don't have; labels become float32."""
-    refuse(len(digits.images) < 2, "it needs two images or more")
-    highest = {"labels": 1, "colors": 1, "envs": environments - 1}
-    for name, high in highest.items():
-        values = getattr(digits, name)
-        refuse(values.shape != digits.images.shape[:1], f"its {name} are not one for each image")
+    refuse(len(images) < 2, "it needs two images or more")
+    for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
+        refuse(values.shape != images.shape[:1], f"its {name} are not one number for each image")
         refuse(not values.long().eq(values).all(), f"its {name} are not whole numbers")
         refuse(values.min() < 0 or values.max() > high, f"its {name} are not from 0 to {high}")
-    other = digits.images[torch.arange(len(digits)), digits.colors]
-    refuse(bool(other.any()), "a digit is not in its colour's channel alone")
-    digits.labels = digits.labels.float()
+    dark = images[torch.arange(len(images)), colors.long()].any() or images[:, 2].any()
+    refuse(dark, "a digit is not in its colour's channel alone")
+    return Digits(images[:, :2].contiguous(), labels.float(), colors.long(), envs.long())
 
 
 class PickledImage:
@@ -288,8 +267,7 @@ class ColoredMNIST(torch.utils.data.Dataset):
     Args:
         root: folder that holds, or is to hold, the folder ColoredMNIST.
         env: "train1", "train2", "test" or "all_train".
-        transform: applied to the PIL image.
-        target_transform: applied to the label.
+        transform, target_transform: applied to the PIL image and to the label.
 
     Items are (image, target, colour): target 0 or 1, colour 1 for red and 0 for green.
     """
@@ -298,16 +276,15 @@ class ColoredMNIST(torch.utils.data.Dataset):
         self,
         root: str | Path = "./data",
         env: str = "train1",
-        transform: Callable | None = None,
-        target_transform: Callable | None = None,
+        transform: Callable = lambda image: image,
+        target_transform: Callable = lambda target: target,
     ):
         if env not in (*ENVIRONMENTS, "all_train"):
             raise ValueError(f"env {env!r} is none of train1, train2, test, all_train")
         digits = concatenate(part for part in load_dataset(root)[:3] if part is not None)
         chosen = digits.envs < 2 if env == "all_train" else digits.envs == ENVIRONMENTS.index(env)
         self.digits = digits[chosen]
-        self.transform = transform or (lambda image: image)
-        self.target_transform = target_transform or (lambda target: target)
+        self.transform, self.target_transform = transform, target_transform
 
     def __len__(self) -> int:
         return len(self.digits)

@@ -7,22 +7,16 @@ from statistics import fmean
 
 import torch
 
-from dataset import load_dataset
 from metric import metrics, summarize
 from preprocessing import run_command
 from register import NETWORKS, TRAINERS
-from trainer import arguments_of, parse_arguments, pick_device, predict, save, train
+from trainer import arguments_of, load, parse_arguments, predict, save, train
 
 
 def main() -> None:
     args = parse_arguments("Train on ColoredMNIST by ERM, groupDRO, IRM or backdoor adjustment.")
-    print(f"Arguments: {vars(args)}")
-    device = pick_device(args)
+    data = load(args)
     Network, Loss = NETWORKS[args.network], TRAINERS[args.trainer]
-
-    data = load_dataset(args.dataset_path, args.seed).to(device, args.grayscale)
-    print(f"Data: {data.description}", flush=True)
-
     results, flip_rates = [], []
     for repetition in range(1, args.repetitions + 1):
         print(f"Repetition {repetition} of {args.repetitions}")
@@ -30,7 +24,8 @@ def main() -> None:
         training, validation = data.hold_out(args.validation)
         network = Network(channels=1 if args.grayscale else 2, **arguments_of(Network, args))
         loss = Loss(**arguments_of(Loss, args))
-        network = train(network.to(device), loss, training, validation, **arguments_of(train, args))
+        network.to(training.images.device)
+        network = train(network, loss, training, validation, **arguments_of(train, args))
 
         logits, recolored = predict(network, data.test), predict(network, data.test.recolored())
         results.append(metrics(logits, data.test.labels))

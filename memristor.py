@@ -5,27 +5,24 @@
 Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.
 """
 
-import argparse
 import copy
 import random
 from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
-from statistics import fmean
+from typing import Annotated
+from unittest import mock
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from tqdm import tqdm
 
 import trainer
-from dataset import Batch
-from model import Loss, Network
-from preprocessing import Parser, make_folder, need, number, run, save_figure
+from dataset import Batch, Digits, concatenate
+from metric import summarize
+from model import ERM, Network, Positive
+from preprocessing import UserError, number, run_command
+from trainer import Proportion
 
 try:
     import memtorch
@@ -39,7 +36,6 @@ TIME_SERIES_RESOLUTION = 1e-10  # seconds, of the VTEAM devices
 HEADROOM = 1.25
 # How many times as long as the training before it hardening takes.
 HARDENING = 3
-NOT_INSTALLED = "MemTorch is not installed: run ./run.sh, or see 'The crossbar' in README.md"
 
 
 def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
@@ -61,21 +57,6 @@ def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> 
         return device
 
     return make_device
-
-
-@contextmanager
-def quick_crossbars():
-    """Have MemTorch build crossbars without writing each conductance into its device as well.
-
-    It reads 1T1R cells from the crossbar's matrix alone; to look at devices, first write them by
-    the crossbar's `update(from_devices=False)`.
-    """
-    crossbar_class = memtorch.bh.crossbar.Crossbar
-    update, crossbar_class.update = crossbar_class.update, lambda *_, **__: None
-    try:
-        yield
-    finally:
-        crossbar_class.update = update
 
 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
@@ -179,16 +160,16 @@ def to_crossbar(
     network: nn.Module,
     images: Tensor,
     *,
-    tile_shape: tuple[int, int] = (128, 128),
-    adc_resolution: int | None = 8,
-    r_on: float = 1.4e4,
-    r_off: float = 5e7,
-    max_input_voltage: float = 0.3,
-    lrs_proportion: float = 0.0,
-    hrs_proportion: float = 0.0,
-    conductance_states: int | None = None,
-    device_variability: float = 0.0,
-    fault_seed: int = 0,
+    tile_shape: Annotated[tuple[int, int], number(int, 1)] = (128, 128),
+    adc_resolution: Annotated[int | None, number(int, 2, 16)] = 8,
+    r_on: Positive = 1.4e4,
+    r_off: Positive = 5e7,
+    max_input_voltage: Positive = 0.3,
+    lrs_proportion: Proportion = 0.0,
+    hrs_proportion: Proportion = 0.0,
+    conductance_states: Annotated[int | None, number(int, 2)] = None,
+    device_variability: Proportion = 0.0,
+    fault_seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0,
 ) -> nn.Module:
     """A copy of a network whose linear and convolutional layers are memristor crossbars.
 
@@ -197,24 +178,29 @@ def to_crossbar(
 
     Args:
         network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
-        images: (N, inputs) to calibrate with, painted; a thousand training images are enough.
-        tile_shape: rows and columns of a tile.
-        adc_resolution: bits of the ADC of each tile, 2 or more; None reads currents exactly.
-        r_on, r_off: lowest and highest resistance of a device, ohms.
-        max_input_voltage: volts that the largest input is encoded as.
-        lrs_proportion, hrs_proportion: proportions of devices stuck at r_on and at r_off, 0 to 1.
-        conductance_states: how many equidistant conductances a device can have; None: any.
-        device_variability: standard deviation of r_on and r_off between devices, as a proportion.
-        fault_seed: what stuck devices and variability are drawn with.
+        images: (N, inputs), normalised, to calibrate with; a thousand training images are enough.
+        tile_shape: rows and columns of a tile
+        adc_resolution: bits of the ADC of each tile, 2 to 16; None reads currents exactly
+        r_on: lowest resistance of a device, ohms
+        r_off: highest resistance of a device, ohms
+        max_input_voltage: what the largest input is encoded as, volts
+        lrs_proportion: proportion of devices stuck at r_on, 0 to 1
+        hrs_proportion: proportion of devices stuck at r_off, 0 to 1
+        conductance_states: equidistant conductances that a device can have; None: any
+        device_variability: standard deviation of r_on and r_off between devices, relative to their
+            mean, 0 to 1
+        fault_seed: seed of stuck devices and variability
 
     Raises:
-        UserError: MemTorch is not installed.
+        UserError: MemTorch is not installed, or the resistances or the proportions contradict.
     """
-    need(memtorch is not None, NOT_INSTALLED)
+    check(r_on, r_off, lrs_proportion, hrs_proportion)
     images = images.cpu()
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
-    with quick_crossbars():
+    # MemTorch reads 1T1R cells from the crossbar's matrix alone: no need to write each into its
+    # device as well. To look at devices, call the crossbar's `update(from_devices=False)`.
+    with mock.patch.object(memtorch.bh.crossbar.Crossbar, "update"):
         patch_model(
             crossbar,
             memristor_model=device_factory(r_on, r_off, device_variability, fault_seed),
@@ -241,6 +227,16 @@ def to_crossbar(
                 layer.calibrate(inputs, digital_inputs)
             inputs, digital_inputs = layer(inputs), digital.phi[index](digital_inputs)
     return crossbar.eval()
+
+
+def check(r_on: float, r_off: float, lrs_proportion: float, hrs_proportion: float) -> None:
+    """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
+    if memtorch is None:
+        raise UserError("MemTorch is not installed: run ./run.sh, or see 'The crossbar', README.md")
+    if r_on >= r_off:
+        raise UserError(f"--r_on {r_on} is not below --r_off {r_off}")
+    if lrs_proportion + hrs_proportion > 1:
+        raise UserError("--lrs_proportion and --hrs_proportion add up to more than 1")
 
 
 def round_conductances(crossbar, states: int) -> None:
@@ -281,8 +277,8 @@ class StuckDevices(nn.Module):
         return weight + (positive - negative - values)
 
 
-class Imitation(Loss):
-    """Cross entropy against the predictions of a trained network (Hinton et al. 2015).
+class Imitation(ERM):
+    """Cross entropy against the decisions of a trained network (Hinton et al. 2015).
 
     They have no label noise to memorise, and invariance to colour, or what there is of it, need not
     be found again under damage, where an objective such as IRM's has too much variance.
@@ -291,141 +287,66 @@ class Imitation(Loss):
     def __init__(self, teacher: Network):
         self.teacher = teacher.eval()
 
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
-            predictions = self.teacher(batch.images.flatten(0, -2), batch.colors.flatten()) > 0
-        labels = predictions.float().view_as(logits)
-        return self.losses(logits, batch._replace(labels=labels)).mean(-1)
+            decisions = self.teacher(batch.images) > 0
+        return super().losses(logits, batch._replace(labels=decisions.float()))
 
 
-def harden(run: trainer.Run, options: dict) -> Network:
+def harden(network: Network, training: Digits, **options) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
     Args:
-        run: the network to imitate, which is left as it is, and the images to imitate it on. They
-            are shown in both colours: what counts is what it says of them.
-        options: arguments of the training before, but this one takes `HARDENING` times as long.
+        network: what to imitate; left as it is.
+        training: digits to imitate it on. They are shown in both colours: what counts is what the
+            network says of them.
+        options: of the training before (`trainer.train`), but `HARDENING` times as long.
     """
-    options = options | {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
-    print(f"Hardening: {options['iteration']} iterations")
-    torch.manual_seed(run.generator.initial_seed())
-    hardened = copy.deepcopy(run.network)
-    for layer in hardened.layers():
+    options |= {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
+    print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
+    hardened = copy.deepcopy(network)
+    for layer in weighted_layers(hardened):
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if layer.weight.numel() > 1:
             parametrize.register_parametrization(layer, "weight", StuckDevices())
-    run_on = run._replace(network=hardened, train=run.train.in_both_colors())
-    trainer.call(trainer.train, [run_on], Imitation(run.network), options=options)
+    in_both_colors = concatenate([training, training.recolored()])
+    hardened = trainer.train(hardened, Imitation(network), in_both_colors, None, **options)
+    for layer in weighted_layers(hardened):
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
     return hardened
 
 
-def crossbar_parser() -> Parser:
-    parser = trainer.training_parser("Train, move the network onto a memristor crossbar, test.")
-    side, amount, share = number(int, 1), number(float, 0, above=True), number(float, 0, 1)
-    add = parser.add_argument
-    add("--tile_shape", type=side, nargs=2, default=(128, 128), help="rows and columns of a tile")
-    add("--adc_resolution", type=number(int, 2, 16), default=8, help="bits of the ADCs, 2 to 16")
-    add("--r_on", type=amount, default=1.4e4, help="lowest resistance of a device, ohms")
-    add("--r_off", type=amount, default=5e7, help="highest resistance of a device, ohms")
-    add("--max_input_voltage", type=amount, default=0.3, help="voltage of the largest input, volts")
-    add("--lrs_proportion", type=share, default=0.0, help="proportion stuck at r_on, 0 to 1")
-    add("--hrs_proportion", type=share, default=0.0, help="proportion stuck at r_off, 0 to 1")
-    add("--conductance_states", type=number(int, 2), help="states per device (default: any)")
-    spread = "standard deviation of r_on and r_off between devices, relative to their mean, 0 to 1"
-    add("--device_variability", type=share, default=0.0, help=spread)
-    add("--fault_seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the stuck devices")
-    longer = f"train on for stuck devices, {HARDENING} times as long"
-    add("--harden", action="store_true", help=longer)
-    add("--sweep", action="store_true", help="draw accuracy over stuck devices and ADC resolution")
-    add("--fault_patterns", type=side, default=5, help="of --sweep, for each proportion")
-    add("--figure", default="figures/crossbar.png", help="where --sweep saves its figure")
-    return parser
-
-
-def describe(crossbar: nn.Module) -> str:
-    """How many layers, tiles and devices a crossbar has."""
-    layers = [layer.layer for layer in crossbar.phi if isinstance(layer, CrossbarLayer)]
-    columns = [column for layer in layers for column in layer.crossbars]
-    tiles = sum(len(column.devices) for column in columns)
-    devices = sum(column.devices.size for column in columns)
-    return f"{len(layers)} layers on {tiles} tiles, {devices} devices"
-
-
-def on_crossbar(repetition: trainer.Repetition, options: dict) -> tuple[nn.Module, dict]:
-    """A repetition's network on a crossbar calibrated with training images; its test result."""
-    network, calibration = repetition.run.network, next(repetition.run.train.chunks())
-    images = network.paint(calibration.images, calibration.colors)
-    crossbar = trainer.call(to_crossbar, network, images, options=options)
-    return crossbar, trainer.evaluate(crossbar, repetition.test)
-
-
-def sweep(args: argparse.Namespace) -> None:
-    """Draw the test accuracy over stuck devices and over ADC resolution, plain and hardened.
-
-    One network of each kind; as many fault patterns as asked, drawn as a band from worst to best.
-    """
-    args.repetitions = 1
-    (plain,) = trainer.repetitions(args)
-    hardened = plain._replace(run=plain.run._replace(network=harden(plain.run, vars(args))))
-    patterns = range(args.fault_seed, args.fault_seed + args.fault_patterns)
-    proportions = (0, 0.025, 0.05, 0.1, 0.15, 0.2)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    over_faults, over_bits = figure.subplots(1, 2, sharey=True)
-    panels = (
-        (over_faults, "lrs_proportion", proportions, patterns, "devices stuck at low resistance"),
-        (over_bits, "adc_resolution", range(2, 11), patterns[:1], "ADC resolution, bits"),
-    )
-    steps = 2 * sum(len(values) * len(seeds) for _, _, values, seeds, _ in panels)
-    progress = tqdm(total=steps, disable=None, leave=False)
-
-    def accuracy(repetition: trainer.Repetition, **changed) -> float:
-        progress.update()
-        return 100 * on_crossbar(repetition, vars(args) | changed)[1]["Accuracy"]
-
-    for name, each, color in (("plain", plain, "tab:orange"), ("hardened", hardened, "tab:blue")):
-        digital = 100 * trainer.evaluate(each.run.network, each.test)["Accuracy"]
-        for axis, option, values, seeds, label in panels:
-            rows = [[accuracy(each, fault_seed=s, **{option: v}) for s in seeds] for v in values]
-            means, worst, best = ([of(row) for row in rows] for of in (fmean, min, max))
-            for value, mean, row in zip(values, means, rows, strict=True):
-                spread = f"worst {min(row):.2f}, best {max(row):.2f}"
-                print(f"{option} {value}, {name}: accuracy {mean:.2f} % ({spread})")
-            axis.plot(values, means, "o-", color=color, label=f"{name}, crossbar")
-            axis.fill_between(values, worst, best, color=color, alpha=0.25)
-            line = {"color": color, "linestyle": "--", "linewidth": 1}
-            axis.axhline(digital, label=f"{name}, digital ({digital:.1f} %)", **line)
-            axis.set_xlabel(label)
-    progress.close()
-    for axis in (over_faults, over_bits):
-        axis.axhline(50, color="gray", linestyle=":", label="chance")
-        axis.grid(alpha=0.3)
-    over_faults.xaxis.set_major_formatter(PercentFormatter(1))
-    over_faults.set_ylabel("test accuracy, %")
-    over_faults.set_title(f"{args.trainer}: band over {len(patterns)} fault patterns", fontsize=10)
-    over_bits.legend(fontsize=8, loc="lower right")
-    save_figure(figure, args.figure)
+def weighted_layers(network: Network) -> list[nn.Module]:
+    """The layers that become crossbars."""
+    return [layer for layer in network.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
 
 
 def main() -> None:
-    parser = crossbar_parser()
-    args = trainer.parse_arguments(parser)
-    if args.r_on >= args.r_off:
-        parser.error(f"--r_on {args.r_on} is not below --r_off {args.r_off}")
-    if args.lrs_proportion + args.hrs_proportion > 1:
-        parser.error("--lrs_proportion and --hrs_proportion add up to more than 1")
-    need(memtorch is not None, NOT_INSTALLED)
-    if args.sweep:
-        make_folder(Path(args.figure).parent)
-        return sweep(args)
-    results = []
-    for repetition in trainer.repetitions(args, harden if args.harden else None):
-        crossbar, result = on_crossbar(repetition, vars(args))
-        print(f"Crossbar: {describe(crossbar)}")
-        print(f"Crossbar test result: {result}", flush=True)
-        results.append((repetition.result, result))
-    for name, of_each in zip(("Digital", "Summary"), zip(*results, strict=True), strict=True):
-        print(f"{name}: {trainer.summarize(of_each)}")
+    args = trainer.parse_arguments(
+        "Train, move the network onto a memristor crossbar, test it again.",
+        of=[to_crossbar],
+        harden=f"train on for broken devices, {HARDENING} times as long",
+    )
+    check(args.r_on, args.r_off, args.lrs_proportion, args.hrs_proportion)
+    data = trainer.load(args)
+    digital, on_crossbar = [], []
+    for repetition in range(1, args.repetitions + 1):
+        print(f"Repetition {repetition} of {args.repetitions}")
+        network, _, training, _ = trainer.train_repetition(args, data, repetition)
+        if args.harden:
+            network = harden(network, training, **trainer.arguments_of(trainer.train, args))
+        if args.save_model:
+            trainer.save(network, args, repetition, "_hardened" if args.harden else "")
+        digital.append(trainer.evaluate(network, data.test))
+        print(f"Test result: {digital[-1]}")
+        images = next(training.chunks()).images
+        crossbar = to_crossbar(network, images, **trainer.arguments_of(to_crossbar, args))
+        on_crossbar.append(trainer.evaluate(crossbar, data.test))
+        print(f"Crossbar test result: {on_crossbar[-1]}", flush=True)
+    print(f"Digital: {summarize(digital)}")
+    print(f"Summary: {summarize(on_crossbar)}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -11,7 +11,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ class UserError(Exception):
 
 
 @contextmanager
-def written_whole(path: Path, lock: AbstractContextManager | None = None) -> Iterator[Path]:
+def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or folder at; a clean exit renames it to `path`.
 
     Where several runs may write at once, `lock` lets them in one by one. Raises UserError if
@@ -49,10 +49,13 @@ def written_whole(path: Path, lock: AbstractContextManager | None = None) -> Ite
             finally:
                 remove(partial)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        reason = str(error).strip().split("\n")[0]
-        if "inline_container" in reason:
-            reason = "torch could not write all of it; the disk may be full"
+        full = "inline_container" in str(error)
+        reason = "torch could not; the disk may be full" if full else first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from None
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def remove(path: Path) -> None:
@@ -64,12 +67,13 @@ def load_mnist(dataset_path: Path, part: str = "train") -> tuple[Tensor, Tensor]
     """MNIST's "train" or "test" part: images (N, 28, 28) uint8 and digits (N,) uint8.
 
     Read from `mnist.npz` in `dataset_path` or else the one that comes with the project; where there
-    is none, downloaded by torchvision and kept as `mnist.npz` in `dataset_path`.
+    is none, torchvision downloads MNIST to `dataset_path`.
     """
     count = {"train": 60000, "test": 10000}[part]
     path = dataset_path / "mnist.npz"
+    path = path if path.exists() else BUNDLED_MNIST
     if not path.exists():
-        path = BUNDLED_MNIST if BUNDLED_MNIST.exists() else download_mnist(path)
+        return download_mnist(dataset_path, part)
     try:
         with np.load(path) as archive:
             images, digits = archive[f"x_{part}"], archive[f"y_{part}"]
@@ -80,27 +84,18 @@ def load_mnist(dataset_path: Path, part: str = "train") -> tuple[Tensor, Tensor]
     return torch.from_numpy(images), torch.from_numpy(digits.astype(np.uint8))
 
 
-def download_mnist(path: Path) -> Path:
-    """Have torchvision download MNIST; save it at `path`, and return that."""
+def download_mnist(dataset_path: Path, part: str) -> tuple[Tensor, Tensor]:
+    """What `load_mnist` returns, by torchvision, which checks and keeps what it downloads."""
     from torchvision.datasets import MNIST  # seconds to import, so only where it is needed
 
-    print(f"No {path}: downloading MNIST", file=sys.stderr)
-    arrays, folder = {}, path.with_name(".MNIST")
     try:
-        for part in ("train", "test"):
-            mnist = MNIST(folder, train=part == "train", download=True)
-            arrays |= {f"x_{part}": mnist.data.numpy(), f"y_{part}": mnist.targets.numpy()}
+        with redirect_stdout(sys.stderr):
+            mnist = MNIST(dataset_path, train=part == "train", download=True)
     except (RuntimeError, OSError, ValueError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"MNIST could not be downloaded ({reason}): put mnist.npz into {path.parent}, or "
-            f"train1.pt, train2.pt and test.pt into {path.parent / 'ColoredMNIST'}"
-        ) from None
-    finally:
-        remove(folder)
-    with written_whole(path) as partial, open(partial, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    return path
+        reason, folder = first_line(error), dataset_path / "ColoredMNIST"
+        remedy = f"put mnist.npz into {dataset_path}, or train1.pt, train2.pt and test.pt into"
+        raise UserError(f"MNIST could not be downloaded ({reason}): {remedy} {folder}") from None
+    return mnist.data, mnist.targets.to(torch.uint8)
 
 
 def color_digits(

@@ -17,28 +17,33 @@ quietly() { # run a command, showing its output only if it fails
     "$@" >>.venv/setup.log 2>&1 || { tail -n 15 .venv/setup.log >&2; return 1; }
 }
 
-# MemTorch has no ready build, reads torch while it builds, and asks for a withdrawn name of
-# scikit-learn. A cached build may be of another torch, and then fails at import.
-install_memtorch() {
-    command -v g++ >/dev/null || { say "no g++"; return 1; }
-    quietly $python -m pip install --no-deps --no-build-isolation --no-cache-dir "$memtorch"
+set_up() {
+    if [ ! -x $python ] || ! cmp -s requirements.txt .venv/installed; then
+        say "setting up .venv, this once: 5 GB to download and unpack, 2 to 15 minutes"
+        python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
+            { say "python3 is not Python 3.10, 3.11, 3.12 or 3.13: put one of these first on PATH"; exit 1; }
+        python3 -m venv .venv ||
+            { say "python3 can't make .venv (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+        rm -f .venv/memtorch
+        quietly $python -m pip install -r requirements.txt ||
+            { say "installing requirements.txt failed; the log is .venv/setup.log"; exit 1; }
+        cp requirements.txt .venv/installed
+    fi
+    if [ "$(cat .venv/memtorch 2>/dev/null)" != "$memtorch" ]; then set_up_memtorch; fi
 }
 
-set_up() {
-    local wanted
-    wanted=$(cat requirements.txt && echo "$memtorch" && { command -v g++ || true; })
-    if [ -x $python ] && [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ]; then return; fi
-    say "setting up .venv, this once: 5 GB to download and unpack, 2 to 15 minutes"
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        { say "python3 is not Python 3.10 or later: install one"; exit 1; }
-    python3 -m venv .venv || { say "python3 cannot make a virtual environment"; exit 1; }
-    : >.venv/setup.log
-    quietly $python -m pip install -r requirements.txt ||
-        { say "installing requirements.txt failed; the log is .venv/setup.log"; exit 1; }
+# MemTorch has no ready build, reads torch while it builds, and asks for a withdrawn name of
+# scikit-learn. A cached build may be of another torch, and then fails at import.
+set_up_memtorch() {
+    local needs="Debian, Ubuntu: apt install g++ python3-dev"
+    command -v g++ >/dev/null || { say "no g++ ($needs): all but the crossbar works"; return; }
     say "building MemTorch, 2 to 5 minutes"
-    install_memtorch ||
-        say "MemTorch could not be built: all but the crossbar works. Install g++ and run again."
-    echo "$wanted" >.venv/installed
+    if quietly $python -m pip install --no-deps --no-build-isolation --no-cache-dir "$memtorch"; then
+        echo "$memtorch" >.venv/memtorch
+    else
+        say "MemTorch could not be built, as the lines above say ($needs); the log is" \
+            ".venv/setup.log. All but the crossbar works, and the next run tries again."
+    fi
 }
 
 log() { # LOG COMMAND...: what the command prints goes to LOG, once it is complete
@@ -68,10 +73,15 @@ trainers="ERM groupDRO IRM Backdoor"
 for trainer in $trainers; do
     log "${trainer}_log.txt" $python exp-mnist.py --seed "$seed" "$@" --trainer "$trainer"
 done
-if $python -c 'import memtorch' 2>/dev/null; then
+if [ -e .venv/memtorch ]; then
     log memristor_log.txt $python memristor.py --seed "$seed" "$@" --trainer IRM
 fi
 
+drawn=$(sed -n 's/^Data: \(.*\), drawn with .*, seed \([0-9]*\)$/\2 \1/p' ERM_log.txt)
+if [ -n "$drawn" ] && [ "${drawn%% *}" -ne "$seed" ]; then
+    say "seed $seed trained on the data of seed ${drawn%% *}, which stay as they were drawn at" \
+        "first; to draw them anew: rm -r ${drawn#* }"
+fi
 printf "%-24s %-18s %s\n" trainer "test accuracy" points
 for trainer in $trainers; do row "$trainer" "${trainer}_log.txt"; done
-if [ -e memristor_log.txt ]; then row "IRM on the crossbar" memristor_log.txt; fi
+if [ -e .venv/memtorch ]; then row "IRM on the crossbar" memristor_log.txt; fi

@@ -5,8 +5,7 @@ import functools
 import inspect
 import re
 import runpy
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
@@ -16,7 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
-from dataset import Dataset, Digits
+from dataset import Dataset, Digits, load_dataset
 from metric import metrics
 from model import Amount, Count, Loss, Network, Positive
 from preprocessing import UserError, number, written_whole
@@ -123,11 +122,14 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
         torch.save({"arguments": vars(args), "state_dict": network.state_dict()}, partial)
 
 
-def pick_device(args: argparse.Namespace) -> torch.device:
-    """The GPU, if there is one and `--no_cuda` does not forbid it; the log says which."""
+def load(args: argparse.Namespace) -> Dataset:
+    """The data on the GPU, if there is one and it may be used; begins the log."""
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    return device
+    data = load_dataset(args.dataset_path, args.seed).to(device, args.grayscale)
+    print(f"Data: {data.description}", flush=True)
+    return data
 
 
 def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -> tuple:
@@ -152,7 +154,7 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
 
 
 def parse_arguments(
-    description: str, arguments: list[str] | None = None, of: tuple[Callable, ...] = (), **switches
+    description: str, arguments: list[str] | None = None, of: Sequence[Callable] = (), **switches
 ) -> argparse.Namespace:
     """Parse a command line that trains.
 
@@ -172,6 +174,12 @@ def parse_arguments(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    classes = TRAINERS | NETWORKS
+    names = {name.lower(): name for name in classes}
+    trainer, network = (names.get(n.lower(), n) for n in (chosen.trainer, chosen.network))
+    for name, table in ((trainer, TRAINERS), (network, NETWORKS)):
+        if name not in table:
+            parser.error(f"unknown name {name!r}: choose from {', '.join(table)}")
     add = parser.add_argument
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     add("--repetitions", type=number(int, 1), default=3, help="trainings, each with its own draws")
@@ -181,19 +189,19 @@ def parse_arguments(
     add("--grayscale", action="store_true", help="hide the colours: the oracle")
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
-    for name, help_text in switches.items():
-        add(f"--{name}", action="store_true", help=help_text)
-    trainer = find(TRAINERS, chosen.trainer, parser)
-    network = find(NETWORKS, chosen.network, parser)
-    classes = TRAINERS | NETWORKS
-    for function in (train, *of, classes[trainer], classes[network]):
-        try:
-            add_flags(parser, function)
-        except argparse.ArgumentError as error:
-            parser.error(f"{function.__name__} needs another name for its {error.argument_name}")
-    for function in classes.values():  # the others', for --help and for ./run.sh, which trains all
-        with suppress(argparse.ArgumentError):
-            add_flags(parser, function)
+    for name, text in switches.items():
+        add(f"--{name}", action="store_true", help=text)
+    for name in flags_of(classes[trainer]).keys() & flags_of(classes[network]).keys():
+        parser.error(f"{trainer} and {network} both have an argument called {name}: rename one")
+    of_classes = {}  # those of all, for --help and ./run.sh; the chosen ones' count
+    for cls in (*classes.values(), classes[network], classes[trainer]):
+        of_classes |= flags_of(cls)
+    for flags in (*map(flags_of, (train, *of)), of_classes):
+        for name, options in flags.items():
+            try:
+                add(f"--{name}", **options)
+            except argparse.ArgumentError:
+                parser.error(f"a plugin's argument is called {name}, as a flag is: rename it")
     own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in classes.items() if cls.defaults]
     parser.epilog = f"Defaults of their own: {'; '.join(own)}"
     parser.set_defaults(**classes[trainer].defaults | classes[network].defaults)
@@ -204,35 +212,26 @@ def parse_arguments(
 
 @functools.cache
 def run_plugin(path: str) -> None:
-    """Run a Python file that adds to TRAINERS or NETWORKS, once; UserError if it can't be read."""
+    """Run a Python file that adds to TRAINERS or NETWORKS, once; UserError if there is none."""
     if not Path(path).is_file():
         raise UserError(f"--plugin: there is no file {path}")
     runpy.run_path(path)
 
 
-def find(table: dict[str, type], name: str, parser: argparse.ArgumentParser) -> str:
-    """The spelling of `name` in a table of register.py, found without regard to case."""
-    for known in table:
-        if known.lower() == name.lower():
-            return known
-    parser.error(f"unknown name {name!r}: choose from {', '.join(table)}")
-
-
-def add_flags(parser: argparse.ArgumentParser, function: Callable) -> None:
-    """Add a flag for each argument of a function or a class that has a default.
+def flags_of(function: Callable) -> dict[str, dict]:
+    """A flag's options for each argument of a function or a class that has a default.
 
     Its type, or what parses and checks it, is in the annotation, its help in the docstring.
     """
-    helps = dict(
-        re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(function) or "", re.M)
-    )
-    owner = function.__init__ if isinstance(function, type) else function
-    hints = get_type_hints(owner, include_extras=True)
+    text = inspect.getdoc(function) or ""
+    helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.M))
+    called = function.__init__ if isinstance(function, type) else function
+    hints, flags = get_type_hints(called, include_extras=True), {}
     for name, parameter in inspect.signature(function).parameters.items():
         default, hint = parameter.default, hints.get(name)
         if default is parameter.empty or name == "channels":  # what --grayscale decides
             continue
-        options = {"default": default, "type": type(default)}
+        options = {"type": type(default), "default": default}
         if isinstance(default, bool):
             options = {"action": "store_true"}
         elif get_origin(hint) is Literal:
@@ -241,5 +240,6 @@ def add_flags(parser: argparse.ArgumentParser, function: Callable) -> None:
             options["type"] = hint.__metadata__[0]
             if isinstance(default, tuple):
                 options["nargs"] = "+" if ... in get_args(hint.__origin__) else len(default)
-        help_text = " ".join(helps.get(name, f"of {function.__name__}").split())
-        parser.add_argument(f"--{name}", help=help_text.replace("%", "%%"), **options)
+        described = " ".join(helps.get(name, f"of {function.__name__}").split())
+        flags[name] = options | {"help": described.replace("%", "%%")}
+    return flags

@@ -1,32 +1,22 @@
 """Accuracy of every trainer over the iterations, in the three environments.
 
-    python benchmarks/curves.py
+python benchmarks/curves.py
 
 One repetition of each with default hyperparameters; the weights are those of the moment, not
-averaged. Draws figures/curves.png.
+averaged. In train1 and train2, held-out digits are tested. Draws figures/curves.png.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
+from jobs import ROOT, add_scheduler_flag, fresh_data, run_jobs, save_figure
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dataset import Split  # noqa: E402
-from model import MLP  # noqa: E402
-from preprocessing import ENVIRONMENTS, load_dataset, run, save_figure  # noqa: E402
-from register import TRAINERS  # noqa: E402
-from trainer import (  # noqa: E402
-    Run,
-    call,
-    evaluate,
-    parse_arguments,
-    train,
-    training_parser,
-)
+from model import MLP
+from preprocessing import ENVIRONMENTS, number, run_command
+from register import TRAINERS
+from trainer import arguments_of, evaluate, parse_arguments, train
 
 
 class Watched:
@@ -45,54 +35,60 @@ class Watched:
         return self.loss(logits, batch)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--every", type=int, default=10, help="iterations between two points")
-    parser.add_argument("--figure", default=str(ROOT / "figures" / "curves.png"))
-    args = parser.parse_args()
-    data = load_dataset(ROOT / "data", seed=args.seed)
-    cpu = torch.device("cpu")
-    everything, test = Split(data.train, cpu), Split(data.test, cpu)
-    kept, held_out = everything.hold_out(0.2, torch.Generator().manual_seed(1000 * args.seed))
-    environments = everything.envs[held_out.index]
-    splits = [held_out.part((environments == e).nonzero()[:, 0]) for e in (0, 1)] + [test]
-    splits = [split.by_color() for split in splits]
+def curves(trainer: str, every: int, options: tuple[str, ...]) -> list[list[float]]:
+    """Points of [iteration, accuracy in train1, in train2 and in test, in %]."""
+    args = parse_arguments("", ["--trainer", trainer, *options])
+    args.average_last, args.evaluation_steps = 0.0, args.iteration
+    data, points = fresh_data(args), []
+    torch.manual_seed(1000 * args.seed)
+    training, held_out = data.hold_out(args.validation)
+    environments = [held_out[held_out.envs == env] for env in (0, 1)] + [data.test]
+    network = MLP(**arguments_of(MLP, args))
 
-    from matplotlib.figure import Figure
+    def note() -> None:
+        accuracies = [100 * evaluate(network, digits)["Accuracy"] for digits in environments]
+        points.append([every * len(points), *accuracies])
+        network.train()
+
+    loss = Watched(TRAINERS[trainer](**arguments_of(TRAINERS[trainer], args)), every, note)
+    train(network, loss, training, None, **arguments_of(train, args))
+    note()
+    points[-1][0] = args.iteration
+    return points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    every = "iterations between two points (default: 10)"
+    parser.add_argument("--every", type=number(int, 1), default=10, help=every)
+    parser.add_argument("--figure", type=Path, default=ROOT / "figures" / "curves.png")
+    add_scheduler_flag(parser)
+    args, options = parser.parse_known_args()
+    parse_arguments("", options)  # to refuse what can't be run before anything is
+    jobs = [(trainer, args.every, tuple(options)) for trainer in TRAINERS]
+    results = dict(run_jobs(curves, jobs, args.scheduler))
 
     figure = Figure(figsize=(10, 3), layout="constrained")
-    axes = figure.subplots(1, len(TRAINERS), sharey=True)
-    for axis, name in zip(axes, TRAINERS, strict=True):
-        curves = []
-        torch.manual_seed(1000 * args.seed)
-        options = parse_arguments(training_parser(""), ["--trainer", name])
-        network = MLP()
-        network.scale_first_layer(options.init_scale)
-
-        def note(network=network, curves=curves):
-            curves.append([100 * evaluate(network, split)["Accuracy"] for split in splits])
-            network.train()
-
-        loss = Watched(call(TRAINERS[name], options=vars(options)), args.every, note)
-        generator = torch.Generator().manual_seed(1000 * args.seed)
-        settings = vars(options) | {"average_last": 0, "evaluation_steps": 10**9}
-        call(train, [Run(1, network, kept, None, generator)], loss, options=settings)
-        iterations = [args.every * step for step in range(len(curves))]
-        styles = zip(ENVIRONMENTS, zip(*curves, strict=True), ("--", ":", "-"), strict=True)
-        for environment, accuracies, style in styles:
-            axis.plot(iterations, accuracies, style, label=environment)
+    axes = figure.subplots(1, len(jobs), sharey=True)
+    for axis, job in zip(axes, jobs, strict=True):
+        iterations, *accuracies = zip(*results[job], strict=True)
+        for name, values, style in zip(ENVIRONMENTS, accuracies, ("--", ":", "-"), strict=True):
+            axis.plot(iterations, values, style, label=name)
         axis.axhline(50, color="gray", linewidth=0.5)
-        axis.set_title(name)
+        axis.set_title(job[0])
         axis.set_xlabel("iteration")
-        print(
-            f"{name}: "
-            + ", ".join(f"{e} {a:.1f} %" for e, a in zip(ENVIRONMENTS, curves[-1], strict=True))
+        last = (
+            f"{e} {values[-1]:.1f} %" for e, values in zip(ENVIRONMENTS, accuracies, strict=True)
         )
+        print(f"{job[0]}, iteration {iterations[-1]}: {', '.join(last)}")
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(loc="lower right")
     save_figure(figure, args.figure)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

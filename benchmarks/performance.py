@@ -1,6 +1,6 @@
 """The performance table of the README, as ratios measured in one run, and the machine.
 
-    python benchmarks/performance.py
+python benchmarks/performance.py
 
 Training: the unit is the time of 1,200 products of the first layer forward and of its weight
 gradient (1024 x 2352 by 2352 x 64), what three repetitions of 400 iterations cannot do without on
@@ -19,17 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
+from jobs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dataset import Split  # noqa: E402
-from model import MLP  # noqa: E402
-from preprocessing import load_dataset, run  # noqa: E402
-from trainer import predict  # noqa: E402
+from dataset import load_dataset
+from model import MLP
+from preprocessing import UserError, number, run_command
+from trainer import predict
 
 UNIT = """
 import time, torch
@@ -44,7 +41,7 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 import preprocessing
 start = time.perf_counter()
-preprocessing.make_dataset(preprocessing.Path(sys.argv[2]))
+preprocessing.draw_environments(preprocessing.Path(sys.argv[2]))
 print(time.perf_counter() - start)
 """
 
@@ -60,7 +57,7 @@ def whole_command(*arguments: str) -> tuple[float, float]:
     process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        sys.exit(f"{' '.join(arguments)} failed")
+        raise UserError(f"{' '.join(arguments)} failed")
     return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
@@ -85,11 +82,9 @@ def crossbar() -> None:
     from memristor import to_crossbar
 
     data = load_dataset(ROOT / "data")
-    train, test = (Split(digits, torch.device("cpu")) for digits in (data.train, data.test))
     torch.manual_seed(0)
-    network = MLP()
-    calibration = next(train.chunks())
-    images = network.paint(calibration.images, calibration.colors)
+    network = MLP().eval()
+    images = next(data.training.chunks()).images
 
     def clock(what) -> tuple[float, torch.nn.Module]:
         start = time.perf_counter()
@@ -114,10 +109,10 @@ def crossbar() -> None:
         )
 
     ours, converted = clock(lambda: to_crossbar(network, images))
-    our_evaluation, _ = clock(lambda: predict(converted, test))
+    our_evaluation, _ = clock(lambda: predict(converted, data.test))
     conversion, patched = clock(as_it_comes)
     tuning, _ = clock(patched.tune_)
-    evaluation, _ = clock(lambda: predict(patched, test))
+    evaluation, _ = clock(lambda: predict(patched, data.test))
     theirs, whole = conversion + tuning + evaluation, ours + our_evaluation
     print(
         f"| MemTorch as it comes: conversion, tuning, evaluation | 1 | {theirs:.1f} "
@@ -131,7 +126,7 @@ def crossbar() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=int, default=5, help="how often each is measured")
+    parser.add_argument("--runs", type=number(int, 1), default=5, help="how often each is measured")
     parser.add_argument("--trainer", default="IRM", help="what is trained (default: IRM)")
     parser.add_argument("--cuda", action="store_true", help="train on the GPU too")
     args = parser.parse_args()
@@ -148,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

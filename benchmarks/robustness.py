@@ -1,53 +1,142 @@
-"""What hardening costs and what it saves: the crossbar's test accuracy with stuck devices.
+"""What broken hardware costs, and what hardening saves: the crossbar table and its figure.
 
     python benchmarks/robustness.py
 
-For each trainer: three repetitions, plain and hardened, digital and on crossbars whose devices are
-stuck at low resistance in proportions of 0, 10 and 20 %, five fault patterns each.
+For each trainer: three repetitions, plain and hardened, digital and on crossbars in every condition
+below, five patterns of it where it is random. Prints the mean and, in brackets, the worst pattern's
+test accuracy; draws the first trainer's accuracy over each kind of damage, with bands from the
+worst to the best pattern. Other flags are those of memristor.py, such as --network CNN.
 """
 
 import argparse
-import contextlib
-import io
-import statistics
-import sys
-from pathlib import Path
+from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure
 
-import memristor  # noqa: E402
-from preprocessing import run  # noqa: E402
-from trainer import parse_arguments, repetitions  # noqa: E402
+import memristor
+from preprocessing import UserError, number, run_command
+from trainer import arguments_of, evaluate, parse_arguments, train
 
-PROPORTIONS = (0.0, 0.1, 0.2)
+CONDITIONS = {
+    "crossbar": {},
+    "10 % on": {"lrs_proportion": 0.1},
+    "20 % on": {"lrs_proportion": 0.2},
+    "50 % off": {"hrs_proportion": 0.5},
+    "10 % on, 10 % off": {"lrs_proportion": 0.1, "hrs_proportion": 0.1},
+    "1-bit devices": {"conductance_states": 2},
+    "2-bit ADCs": {"adc_resolution": 2},
+    "r_off / r_on = 10": {"r_off": 1.4e5},
+    "variability 0.5": {"device_variability": 0.5},
+    "all at once": {
+        "lrs_proportion": 0.1,
+        "hrs_proportion": 0.1,
+        "device_variability": 0.3,
+        "conductance_states": 8,
+        "adc_resolution": 4,
+    },
+}
+RANDOM = {"lrs_proportion", "hrs_proportion", "device_variability"}
+CURVES = {
+    "devices stuck on, %": ("lrs_proportion", (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)),
+    "devices stuck off, %": ("hrs_proportion", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
+    "conductance states": ("conductance_states", (2, 3, 4, 8, 16)),
+    "ADC resolution, bits": ("adc_resolution", (2, 3, 4, 5, 6, 8)),
+}
+
+
+def accuracies(
+    options: tuple[str, ...], hardened: bool, repetition: int, patterns: int, settings: tuple
+) -> list[list[float]]:
+    """Test accuracy digitally, then with each of the crossbar's settings: one for each pattern."""
+    arguments = ["--no_cuda", *options]
+    args = parse_arguments("", arguments)
+    ((data, network, _, training, _),) = experiment(arguments, only=repetition)
+    if hardened:
+        network = memristor.harden(network, training, **arguments_of(train, args))
+    images = next(training.chunks()).images.clone()
+    measured = [[evaluate(network, data.test)["Accuracy"]]]
+    for setting in map(dict, settings):
+        seeds = range(patterns if RANDOM & setting.keys() else 1)
+        crossbars = (memristor.to_crossbar(network, images, fault_seed=s, **setting) for s in seeds)
+        measured.append([evaluate(crossbar, data.test)["Accuracy"] for crossbar in crossbars])
+    return measured
+
+
+def draw(path: str, trainer: str, measured: dict[bool, dict]) -> None:
+    """The figure: for plain (False) and hardened (True) setting → accuracies, in %."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    axes = figure.subplots(1, len(CURVES), sharey=True)
+    for axis, (label, (option, values)) in zip(axes, CURVES.items(), strict=True):
+        shown = range(len(values)) if isinstance(values[0], int) else [100 * v for v in values]
+        if isinstance(values[0], int):
+            axis.set_xticks(shown, values)
+        for hardened, color in ((False, "tab:orange"), (True, "tab:blue")):
+            rows = [measured[hardened][((option, value),)] for value in values]
+            name = "hardened" if hardened else "plain"
+            axis.plot(shown, [fmean(row) for row in rows], "o-", color=color, label=name)
+            axis.fill_between(shown, [*map(min, rows)], [*map(max, rows)], color=color, alpha=0.25)
+            digital = fmean(measured[hardened]["digital"])
+            axis.axhline(digital, color=color, linestyle="--", linewidth=1)
+        axis.axhline(50, color="gray", linestyle=":", linewidth=1)
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    axes[0].legend(loc="lower left", title=f"{trainer} (dashed: digital)")
+    save_figure(figure, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--trainers", nargs="+", default=["Backdoor", "groupDRO", "IRM"])
-    parser.add_argument("--patterns", type=int, default=5, help="fault patterns")
-    parser.add_argument("--trainings", nargs="+", default=["plain", "hardened"])
-    known, options = parser.parse_known_args()
-    stuck = "".join(f" {proportion:>8.0%}" for proportion in PROPORTIONS)
-    print(f"{'trainer':10} {'training':10} {'digital':>8}{stuck} stuck")
-    for trainer in known.trainers:
-        for training in known.trainings:
-            arguments = ["--trainer", trainer, "--evaluation_steps", "100000", *options]
-            args = parse_arguments(memristor.crossbar_parser(), arguments)
-            hook = memristor.harden if training == "hardened" else None
-            digital, crossbar = [], {proportion: [] for proportion in PROPORTIONS}
-            with contextlib.redirect_stdout(io.StringIO()):
-                for repetition in repetitions(args, hook):
-                    digital.append(repetition.result["Accuracy"])
-                    for proportion in PROPORTIONS:
-                        for pattern in range(known.patterns if proportion else 1):
-                            faults = {"lrs_proportion": proportion, "fault_seed": pattern}
-                            _, result = memristor.on_crossbar(repetition, vars(args) | faults)
-                            crossbar[proportion].append(result["Accuracy"])
-            cells = [statistics.fmean(values) for values in (digital, *crossbar.values())]
-            numbers = " ".join(f"{100 * cell:8.2f}" for cell in cells)
-            print(f"{trainer:10} {training:10} {numbers}", flush=True)
+    add, names = parser.add_argument, list(CONDITIONS)
+    add("--trainers", nargs="+", default=["Backdoor", "groupDRO", "IRM"])
+    add("--conditions", nargs="+", default=names, choices=names, metavar="NAME", help=str(names))
+    add("--repetitions", type=number(int, 1), default=3)
+    add("--patterns", type=number(int, 1), default=5, help="of each random condition")
+    add("--figure", default=str(ROOT / "figures" / "crossbar.png"), help='"" draws none')
+    add_scheduler_flag(parser)
+    args, options = parser.parse_known_args()
+    if memristor.memtorch is None:
+        raise UserError(memristor.NOT_INSTALLED)
+    table = [tuple(CONDITIONS[name].items()) for name in args.conditions]
+    curves = [((option, value),) for option, values in CURVES.values() for value in values]
+    jobs = []
+    for trainer in args.trainers:
+        settings = table
+        if args.figure and trainer == args.trainers[0]:
+            settings = list(dict.fromkeys(table + curves))
+        flags = ("--trainer", trainer, *options)
+        parse_arguments("", [*flags])  # so that a mistake is found before anything is trained
+        for repetition in range(1, args.repetitions + 1):
+            for hardened in (False, True):
+                jobs.append((flags, hardened, repetition, args.patterns, tuple(settings)))
+    results = dict(run_jobs(accuracies, jobs, args.scheduler))
+    print(f"| trainer | training | digital | {' | '.join(args.conditions)} |")
+    print("| --- " * (3 + len(table)) + "|")
+    drawn, losses = {}, []
+    for trainer in args.trainers:
+        for hardened in (False, True):
+            of_all = [results[job] for job in jobs if job[0][1] == trainer and job[1] == hardened]
+            settings = next(job for job in jobs if job[0][1] == trainer)[-1]
+            cells = {}
+            for k, key in enumerate(["digital", *settings]):
+                cells[key] = [100 * accuracy for one in of_all for accuracy in one[k]]
+            row = [f"{fmean(cells[key])
+                      :.1f} ({min(cells[key]):.1f})" for key in ("digital", *table)]
+            print(f"| {trainer} | {'hardened' if hardened else 'plain'} | {' | '.join(row)} |")
+            if hardened:
+                for k, key in enumerate(settings):
+                    if key in table:
+                        of_key = [(one[0][0] - a, one[0][0]) for one in of_all for a in one[k + 1]]
+                        losses.append((100 * max(of_key)[0], trainer, args.conditions[table.index(key)]))
+            if trainer == args.trainers[0]:
+                drawn[hardened] = cells
+    lost, trainer, condition = max(losses)
+    print(f"\nA hardened network loses {lost:.1f} points at most ({trainer}, {condition}).")
+    if args.figure:
+        draw(args.figure, args.trainers[0], drawn)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,80 +1,143 @@
-"""The distribution of test accuracy over student numbers, for the two graded trainers.
+"""The distribution of accuracy over student numbers, for the two graded trainers.
 
-    python benchmarks/student_numbers.py --numbers 100
+python benchmarks/student_numbers.py --numbers 1000
 
 Each number is a fresh clone: its own draw of the data, then what `exp-mnist.py --seed NUMBER` does
-with default hyperparameters, on the CPU. Draws figures/student_numbers.png.
+on the CPU; each network is also tested on digits that nothing was trained or chosen on. More flags
+are passed on to exp-mnist.py. Writes figures/student_numbers.csv and draws the figure beside it;
+`--from figures/student_numbers.csv` only draws.
 """
 
 import argparse
-import contextlib
-import io
-import multiprocessing
-import os
+import csv
 import random
-import statistics
-import sys
-import tempfile
 from pathlib import Path
+from statistics import fmean, pstdev
 
-import torch
-from tqdm import tqdm
+from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure, unseen_digits
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from preprocessing import UserError, number, run_command, written_whole
+from trainer import evaluate, parse_arguments
 
-from preprocessing import save_figure  # noqa: E402
-from trainer import parse_arguments, repetitions, training_parser  # noqa: E402
-
-GRADED = ("groupDRO", "IRM")
+GRADED = {"groupDRO": "tab:green", "IRM": "tab:purple"}
+ENVIRONMENTS = {"test": "test environment", "unseen": "unseen digits"}
+COLUMNS = ("number", "trainer", "repetition", *ENVIRONMENTS)
 
 
-def accuracies(job: tuple[int, str, list[str]]) -> tuple[str, int, list[float]]:
-    """Test accuracy of each repetition for one student number and trainer."""
-    number, name, options = job
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        arguments = ["--seed", str(number), "--trainer", name, "--dataset_path", folder]
-        arguments += ["--no_cuda", "--evaluation_steps", "1000", *options]
-        args = parse_arguments(training_parser(""), arguments)
-        return name, number, [done.result["Accuracy"] for done in repetitions(args)]
+def accuracies(student_number: int, trainer: str, options: tuple[str, ...]) -> list[list[float]]:
+    """Each repetition's accuracy in the test environment and on unseen digits."""
+    unseen, results = unseen_digits("--grayscale" in options), []
+    arguments = ["--trainer", trainer, *options, "--seed", str(student_number)]
+    for data, network, *_ in experiment(arguments):
+        results.append([evaluate(network, digits)["Accuracy"] for digits in (data.test, unseen)])
+    return results
+
+
+def compute(count: int, options: list[str], scheduler: str | None) -> list[dict]:
+    """A row for each number, trainer and repetition, in the order of the numbers."""
+    numbers = random.Random(0).sample(range(10000), 10000)[:count]
+    jobs = [(student, trainer, tuple(options)) for student in numbers for trainer in GRADED]
+    results = dict(run_jobs(accuracies, jobs, scheduler))
+    return [
+        dict(zip(COLUMNS, (*job[:2], repetition, *values), strict=True))
+        for job in jobs
+        for repetition, values in enumerate(results[job], 1)
+    ]
+
+
+def read(path: Path) -> list[dict]:
+    """The rows that an earlier run wrote."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        whole = {"number": int, "trainer": str, "repetition": int}
+        return [{name: whole.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def means(rows: list[dict], trainer: str, environment: str) -> dict[int, float]:
+    """Each number's mean accuracy over its repetitions, in %."""
+    values = {}
+    for row in rows:
+        if row["trainer"] == trainer:
+            values.setdefault(row["number"], []).append(100 * row[environment])
+    return {student: fmean(of_student) for student, of_student in values.items()}
+
+
+def report(rows: list[dict]) -> None:
+    for trainer in GRADED:
+        for environment, title in ENVIRONMENTS.items():
+            values = means(rows, trainer, environment)
+            worst = min(values, key=values.get)
+            single = min(
+                (row for row in rows if row["trainer"] == trainer), key=lambda r: r[environment]
+            )
+            print(
+                f"{trainer}, {title}: {len(values)} student numbers, mean "
+                f"{fmean(values.values()):.2f} %, standard deviation {pstdev(values.values()):.2f}"
+                f", worst {values[worst]:.2f} (number {worst:04d}); worst single repetition "
+                f"{100 * single[environment]:.2f} (number {single['number']:04d})"
+            )
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(ENVIRONMENTS), sharex=True, sharey=True)
+    everything = {(t, e): means(rows, t, e) for t in GRADED for e in ENVIRONMENTS}
+    least = min(59, *(min(values.values()) for values in everything.values()))
+    most = max(61, *(max(values.values()) for values in everything.values()))
+    bins = [int(least) + 0.25 * step for step in range(4 * (int(most) + 1 - int(least)) + 1)]
+    for axis, (environment, title) in zip(axes, ENVIRONMENTS.items(), strict=True):
+        for height, (trainer, color) in zip((0.55, 0.4), GRADED.items(), strict=True):
+            values = everything[trainer, environment]
+            axis.hist(list(values.values()), bins, color=color, alpha=0.6, label=trainer)
+            worst = min(values, key=values.get)
+            axis.annotate(
+                f"worst: number {worst:04d}, {values[worst]:.1f} %",
+                (values[worst], 0),
+                (0.03, height),
+                textcoords="axes fraction",
+                color=color,
+                arrowprops={"arrowstyle": "->", "color": color},
+            )
+        axis.axvline(60, color="black", linestyle="--")
+        axis.text(0.03, 0.9, "-- 60 %: 15 points", transform=axis.transAxes)
+        axis.set_title(title)
+        axis.set_xlabel("accuracy, mean of the repetitions, %")
+    axes[0].set_ylabel("student numbers")
+    axes[0].legend(loc="upper center")
+    save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--numbers", type=int, default=100, help="how many student numbers")
-    parser.add_argument("--figure", default=str(ROOT / "figures" / "student_numbers.png"))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, figures = parser.add_argument, ROOT / "figures"
+    add("--numbers", type=number(int, 1, 10000), default=100, help="how many (default: 100)")
+    add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, compute nothing")
+    add("--table", type=Path, default=figures / "student_numbers.csv", help="table to write")
+    add("--figure", type=Path, default=figures / "student_numbers.png", help="figure to write")
+    add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
-    numbers = random.Random(0).sample(range(10000), args.numbers)
-    jobs = [(number, name, options) for number in numbers for name in GRADED]
-    means = {name: {} for name in GRADED}
-    singles = {name: [] for name in GRADED}
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        done = pool.imap_unordered(accuracies, jobs)
-        for name, number, values in tqdm(done, total=len(jobs), disable=None):
-            means[name][number] = statistics.fmean(values)
-            singles[name] += values
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for name, color in zip(GRADED, ("tab:green", "tab:purple"), strict=True):
-        values = 100 * torch.tensor(list(means[name].values()))
-        print(
-            f"{name}: {len(values)} student numbers, mean {values.mean():.2f} %, spread (standard "
-            f"deviation) {values.std(correction=0):.2f}, worst {values.min():.2f} (number "
-            f"{min(means[name], key=means[name].get):04d}), best {values.max():.2f}; worst single "
-            f"repetition {100 * min(singles[name]):.2f}"
-        )
-        axes.hist(values, bins=torch.arange(58, 76, 0.25), color=color, alpha=0.6, label=name)
-    axes.axvline(60, color="black", linestyle="--")
-    axes.text(60.1, axes.get_ylim()[1] * 0.9, "15 points from here")
-    axes.set_xlabel("test accuracy, mean of three repetitions, %")
-    axes.set_ylabel("student numbers")
-    axes.legend()
-    save_figure(figure, args.figure)
+    if args.source:
+        rows = read(args.source)
+    else:
+        parse_arguments("", options)  # to refuse what can't be run before anything is
+        rows = compute(args.numbers, options, args.scheduler)
+        with written_whole(args.table) as partial, open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        print(f"Table: {args.table}")
+    report(rows)
+    draw(rows, args.figure)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

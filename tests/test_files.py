@@ -1,25 +1,32 @@
 """Foreign, damaged and hostile files; interrupted and concurrent runs."""
 
+import contextlib
 import io
+import multiprocessing
 import os
 import pickle
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, same
 from PIL import Image
 
 import preprocessing
-from preprocessing import MEAN, STD, UserError, load_dataset, read_environment
+from dataset import MEAN, STD, load_dataset, read_file
+from preprocessing import UserError
 
 NAMES = ("train1", "train2", "test")
+SHORT = ("--no_cuda", "--iteration", 3, "--repetitions", 1, "--batch_size", 20)
 
 
 def load(folder):
@@ -32,6 +39,13 @@ def folder(small_files, tmp_path):
     return shutil.copytree(small_files, tmp_path / "ColoredMNIST")
 
 
+def tuples(record, label=int, color=bool):
+    """A record of the project's own form as the course project's (PIL image, label, colour)."""
+    pixels = record["images"].permute(0, 2, 3, 1).numpy()
+    labels, colors = map(label, record["labels"].tolist()), map(color, record["colors"].tolist())
+    return list(zip(map(Image.fromarray, pixels), labels, colors, strict=True))
+
+
 @pytest.fixture(scope="session")
 def course_project_form(small_files, tmp_path_factory):
     """The same digits as lists of (PIL image, label, colour), the last environment shorter."""
@@ -39,10 +53,7 @@ def course_project_form(small_files, tmp_path_factory):
     folder.mkdir()
     for name in NAMES:
         record = torch.load(small_files / f"{name}.pt", weights_only=True)
-        rgb = record["images"].permute(0, 2, 3, 1).numpy()
-        labels, colors = record["labels"].tolist(), record["colors"].bool().tolist()
-        tuples = zip(map(Image.fromarray, rgb), labels, colors, strict=True)
-        torch.save(list(tuples)[: 40 if name == "test" else None], folder / f"{name}.pt")
+        torch.save(tuples(record)[: 40 if name == "test" else None], folder / f"{name}.pt")
     return folder
 
 
@@ -67,96 +78,139 @@ def framework_form(small_files, tmp_path_factory):
 
 def test_course_project_form(course_project_form, small_files):
     ours, theirs = load(small_files), load(course_project_form)
-    assert "course project's form" in theirs.description and len(theirs.test.labels) == 40
-    assert all(torch.equal(a, b) for a, b in zip(ours.train, theirs.train, strict=True))
-    assert all(torch.equal(a[:40], b) for a, b in zip(ours.test, theirs.test, strict=True))
+    assert "course project's form" in theirs.description and len(theirs.test) == 40
+    assert same(ours.training, theirs.training)
+    assert same(ours.test[torch.arange(40)], theirs.test)
 
 
 def test_framework_form(framework_form, small_files):
     ours, theirs = load(small_files), load(framework_form)
     assert "course framework's form" in theirs.description
-    assert all(torch.equal(a[::2], b) for a, b in zip(ours.train, theirs.train, strict=True))
-    assert all(torch.equal(a[1::2], b) for a, b in zip(ours.train, theirs.validation, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(ours.test, theirs.test, strict=True))
+    assert same(ours.training[torch.arange(0, 120, 2)], theirs.training)
+    assert same(ours.training[torch.arange(1, 120, 2)], theirs.validation)
+    assert same(ours.test, theirs.test)
+    training, validation = theirs.hold_out(0.5)  # the split of the files stays
+    assert same(training, theirs.training) and same(validation, theirs.validation)
 
 
 def test_results_from_foreign_files_are_the_same(
-    command, course_project_form, framework_form, small_files, tmp_path
+    in_process, course_project_form, framework_form, folder
 ):
     """Bit for bit where the split is the user's own; the framework's split is used as it is."""
-    same_length = shutil.copytree(course_project_form, tmp_path / "ColoredMNIST")
-    for name in NAMES:
-        record = torch.load(small_files / f"{name}.pt", weights_only=True)
-        torch.save(
-            {key: field[:40] if torch.is_tensor(field) else field for key, field in record.items()},
-            tmp_path / f"{name}.pt",
-        )
-    (tmp_path / "ours" / "ColoredMNIST").mkdir(parents=True)
-    shutil.copy(tmp_path / "test.pt", tmp_path / "ours" / "ColoredMNIST")
-    for name in ("train1", "train2"):
-        shutil.copy(small_files / f"{name}.pt", tmp_path / "ours" / "ColoredMNIST")
-    short = ("--no_cuda", "--iteration", 5, "--repetitions", 1, "--batch_size", 30)
+    record = torch.load(folder / "test.pt", weights_only=True)
+    short = {key: field[:40] if torch.is_tensor(field) else field for key, field in record.items()}
+    torch.save(short, folder / "test.pt")
 
     def log(path):
-        result = command("exp-mnist.py", "--dataset_path", path, *short)
+        result = in_process("exp-mnist.py", "--dataset_path", path, *SHORT)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    theirs, ours = log(same_length.parent), log(tmp_path / "ours")
+    theirs, ours = log(course_project_form.parent), log(folder.parent)
     assert theirs.splitlines()[-1] == ours.splitlines()[-1]
     assert "normalised tensors" in log(framework_form.parent)
 
 
-def test_every_truncation_and_bit_flip_is_refused(folder):
-    """Hundreds of random ones; each in one line that names the file and the remedy."""
-    chosen, path = random.Random(0), folder / "test.pt"
-    whole = path.read_bytes()
-    cases = [whole[: chosen.randrange(len(whole))] for _ in range(150)]
-    cases += [whole[:-1], whole[:1], b"", whole + b"x"]
-    frame = [position for position in range(len(whole)) if in_frame(whole, position)]
-    for position in chosen.sample(frame, 400) + [chosen.randrange(len(whole)) for _ in range(200)]:
+@pytest.mark.parametrize("label", [int, np.int64, np.int32, np.uint8])
+@pytest.mark.parametrize("color", [bool, np.bool_])
+def test_numbers_of_numpy_are_read(small_files, tmp_path, label, color):
+    record = torch.load(small_files / "train2.pt", weights_only=True)
+    torch.save(tuples(record, label, color), tmp_path / "train2.pt")
+    digits, form = read_file(tmp_path / "train2.pt", 1)
+    assert same(digits, read_file(small_files / "train2.pt", 1)[0])
+    assert "course project's form" in form
+
+
+@pytest.mark.parametrize("label", [np.float32, float, str])
+def test_other_numbers_are_refused(small_files, tmp_path, label):
+    record = torch.load(small_files / "train2.pt", weights_only=True)
+    torch.save(tuples(record, label, np.bool_), tmp_path / "train2.pt")
+    with pytest.raises(UserError, match="train2.pt cannot be used"):
+        read_file(tmp_path / "train2.pt", 1)
+
+
+def rezip(path, method, change=lambda members: members):
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in change(members).items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_files_zipped_again_are_read(folder, small_files, method):
+    for name in NAMES:
+        rezip(folder / f"{name}.pt", method)
+    ours, theirs = load(small_files), load(folder)
+    assert same(ours.training, theirs.training) and same(ours.test, theirs.test)
+
+
+def test_old_format_of_torch_is_read(folder, small_files, course_project_form):
+    """It has no checksums, which the log says."""
+    for name in NAMES:
+        record = torch.load(small_files / f"{name}.pt", weights_only=True)
+        torch.save(record, folder / f"{name}.pt", _use_new_zipfile_serialization=False)
+    ours, theirs = load(small_files), load(folder)
+    assert same(ours.training, theirs.training) and same(ours.test, theirs.test)
+    assert "no checksums" in theirs.description and "no checksums" not in ours.description
+    torch.save(
+        tuples(record, np.int64, np.bool_),
+        folder / "test.pt",
+        _use_new_zipfile_serialization=False,
+    )
+    assert same(read_file(folder / "test.pt", 2)[0], ours.test)
+
+
+def harmed(whole):
+    """Truncations and flips of one bit: everywhere, and all over the archive's frame."""
+    chosen = random.Random(0)
+    yield from (whole[:-1], whole[:1], b"", whole + b"x", b"x" + whole)
+    for _ in range(150):
+        yield whole[: chosen.randrange(len(whole))]
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.file_size)
+    inside = range(largest.header_offset + 200, largest.header_offset + largest.file_size - 200)
+    frame = [position for position in range(len(whole)) if position not in inside]
+    everywhere = [chosen.randrange(len(whole)) for _ in range(200)]
+    for position in chosen.sample(frame, 500) + everywhere:
         damaged = bytearray(whole)
         damaged[position] ^= 1 << chosen.randrange(8)
-        cases.append(bytes(damaged))
-    for damaged in cases:
+        yield bytes(damaged)
+
+
+def test_damage_is_refused_or_without_effect(folder):
+    """Each in one line that names the file and the remedy, or read as exactly the same data."""
+    path = folder / "test.pt"
+    whole, (digits, form) = path.read_bytes(), read_file(path, 2)
+    refused = 0
+    for damaged in harmed(whole):
         path.write_bytes(damaged)
-        with pytest.raises(UserError) as caught:
-            load(folder)
-        message = str(caught.value)
-        assert "test.pt cannot be used" in message and "replace it, or delete" in message
-        assert "\n" not in message
+        try:
+            digits_read, form_read = read_file(path, 2)
+        except UserError as error:
+            refused += 1
+            message = str(error)
+            assert "test.pt cannot be used" in message and "replace it, or delete" in message
+            assert "\n" not in message
+        else:
+            assert same(digits_read, digits) and form_read == form
+    assert refused > 300
     path.write_bytes(whole)
     load(folder)
 
 
-def in_frame(data, position):
-    """Whether a byte belongs to no member of the archive, so that no checksum covers it."""
-    if not hasattr(in_frame, "covered"):
-        covered = set()
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            for member in archive.infolist():
-                with archive.open(member) as file:
-                    start = file._orig_compress_start
-                covered.update(range(start, start + member.file_size))
-        in_frame.covered = covered
-    return position not in in_frame.covered
-
-
-def test_swapped_members_are_refused(folder):
+def test_swapped_members_are_not_read_as_other_data(folder):
     path = folder / "test.pt"
+    whole, (digits, _) = path.read_bytes(), read_file(path, 2)
     with zipfile.ZipFile(path) as archive:
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
-    names = list(members)
+        names = archive.namelist()
     for i in range(len(names)):
         for j in range(i):
-            swapped = members | {names[i]: members[names[j]], names[j]: members[names[i]]}
-            if swapped == members:
-                continue
-            with zipfile.ZipFile(path, "w") as archive:
-                for name, data in swapped.items():
-                    archive.writestr(name, data)
-            with pytest.raises(UserError, match="test.pt cannot be used"):
-                load(folder)
+            a, b = names[i], names[j]
+            rezip(path, zipfile.ZIP_STORED, lambda m, a=a, b=b: m | {a: m[b], b: m[a]})
+            with contextlib.suppress(UserError):
+                assert same(read_file(path, 2)[0], digits), (a, b)
+            path.write_bytes(whole)
 
 
 class Hostile:
@@ -168,10 +222,18 @@ class Hostile:
 
 
 def test_code_in_a_file_is_not_run(folder, tmp_path, command):
-    trap = tmp_path / "trapped"
-    torch.save([(Hostile(trap), 1, True)], folder / "train1.pt")
-    assert_one_line(command("exp-mnist.py", "--dataset_path", tmp_path), "train1.pt", "replace it")
-    (folder / "train1.pt").write_bytes(pickle.dumps(Hostile(trap)))
+    trap, path = tmp_path / "trapped", folder / "train1.pt"
+    contents = []
+    for content in (Hostile(trap), [(Hostile(trap), 1, True)], {"images": Hostile(trap)}):
+        for zipped in (True, False):
+            torch.save(content, path, _use_new_zipfile_serialization=zipped)
+            contents.append(path.read_bytes())
+    for content in (*contents, pickle.dumps(Hostile(trap))):
+        path.write_bytes(content)
+        with warnings.catch_warnings(record=True) as shown:
+            with pytest.raises(UserError, match="train1.pt cannot be used"):
+                load(folder)
+            assert not shown
     assert_one_line(command("exp-mnist.py", "--dataset_path", tmp_path), "train1.pt", "replace it")
     assert not trap.exists()
 
@@ -257,7 +319,7 @@ def test_a_test_file_with_environments_is_refused(framework_form, tmp_path):
     folder = shutil.copytree(framework_form, tmp_path / "ColoredMNIST")
     images, labels = torch.load(folder / "test.pt", weights_only=True)
     torch.save([images, labels, labels.long()], folder / "test.pt")
-    with pytest.raises(UserError, match="test.pt cannot be used .*list of 2 tensors"):
+    with pytest.raises(UserError, match="test.pt cannot be used .*3 tensors"):
         load(folder)
 
 
@@ -265,19 +327,23 @@ def test_missing_files_are_named(folder):
     (folder / "train2.pt").unlink()
     with pytest.raises(UserError, match="lacks train2.pt"):
         load(folder)
+    (folder / "train1.pt").unlink()
+    (folder / "test.pt").rename(folder / "notes.txt")
+    with pytest.raises(UserError, match="lacks train1.pt, train2.pt, test.pt"):
+        load(folder)
 
 
-def test_other_draws_than_asked_are_refused(command, folder):
-    path = ("--dataset_path", folder.parent)
-    for arguments, words in (
-        (("--p_f", 0.25), ("p_f 0.2,", "0.25")),
-        (("--p_e", 0.2, 0.1, 0.9), ("p_e [0.1, 0.4, 0.9]", "[0.2, 0.1, 0.9]")),
-        (("--data_seed", 4), ("seed 3", "4")),
-    ):
-        assert_one_line(command("exp-mnist.py", *path, *arguments), *words, "delete it")
+def test_files_of_different_draws_are_refused(folder):
     record = torch.load(folder / "test.pt", weights_only=True)
     torch.save(record | {"seed": 99}, folder / "test.pt")
-    with pytest.raises(UserError, match="different draws"):
+    with pytest.raises(UserError, match="different draws or forms"):
+        load(folder)
+
+
+def test_one_label_is_refused(folder):
+    record = torch.load(folder / "test.pt", weights_only=True)
+    torch.save(record | {"labels": torch.ones_like(record["labels"])}, folder / "test.pt")
+    with pytest.raises(UserError, match="one label only"):
         load(folder)
 
 
@@ -285,13 +351,14 @@ def files(path):
     return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
 
 
-WHOLE = {".lock", *(f"ColoredMNIST/{name}.pt" for name in NAMES)}
+DRAWN = {f"ColoredMNIST/{name}.pt" for name in NAMES}
 
 
 def start(*arguments):
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # several at once are faster so
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -300,39 +367,40 @@ def start(*arguments):
     )
 
 
-def drawing(path):
-    make = f"preprocessing.make_dataset(Path({str(path)!r}))"
-    return start("-c", f"from pathlib import Path; import preprocessing; {make}")
-
-
 def test_killed_while_drawing(tmp_path):
     """SIGKILL at many moments; the next run draws whole files and clears the leftovers away."""
-    states = set()
-    for wait in range(12):
+    context, states = multiprocessing.get_context("forkserver"), set()
+    context.set_forkserver_preload(["preprocessing"])
+    for wait in range(8):
         path = tmp_path / str(wait)
-        process = drawing(path)
-        while process.poll() is None and not (path / ".lock").exists():
+        process = context.Process(target=preprocessing.draw_environments, args=(path,))
+        process.start()
+        while process.is_alive() and not (path / ".lock").exists():
             time.sleep(0.002)
-        time.sleep(wait * 0.04)
+        time.sleep(wait * 0.06)
         process.kill()
-        process.communicate()
-        assert not (path / "ColoredMNIST").exists() or files(path) == WHOLE
-        states.add(frozenset(files(path)))
-        preprocessing.make_dataset(path)
-        assert files(path) == WHOLE
-        read_environment(path / "ColoredMNIST" / "test.pt", 2)
+        process.join()
+        left = files(path)
+        assert not (path / "ColoredMNIST").exists() or left - {".lock"} == DRAWN
+        states.add(frozenset(left))
+        preprocessing.draw_environments(path, sizes=(20, 20, 20))
+        assert files(path) - {".lock"} == DRAWN
+        load_dataset(path)
     assert len(states) > 1, "the kills hit different moments"
 
 
 def test_concurrent_first_runs_read_the_same_data(tmp_path):
-    short = ("--no_cuda", "--iteration", 3, "--repetitions", 1, "--dataset_path", tmp_path)
-    runs = [start("exp-mnist.py", *short, "--seed", seed) for seed in (5, 5, 6)]
+    """Each prepared to draw with a seed of its own."""
+    arguments = (*SHORT, "--dataset_path", tmp_path)
+    runs = [start("exp-mnist.py", *arguments, "--seed", seed) for seed in (5, 6)]
     outputs = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], outputs
-    assert files(tmp_path) == WHOLE
+    assert [(run.returncode, output[1]) for run, output in zip(runs, outputs, strict=True)] == [
+        (0, ""),
+        (0, ""),
+    ]
+    assert files(tmp_path) - {".lock"} == DRAWN
     data = [[line for line in out.splitlines() if "drawn with" in line] for out, _ in outputs]
-    assert data[0] == data[1] == data[2] and len(data[0]) == 1
-    assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
+    assert data[0] == data[1] and len(data[0]) == 1
 
 
 @pytest.mark.parametrize("script", ["exp-mnist.py", "preprocessing.py"])
@@ -351,47 +419,78 @@ def test_interrupt_ends_in_one_line(dataset_path, script, tmp_path):
     assert files(tmp_path) <= {".lock"}
 
 
-def test_killed_while_saving_a_model(command, small_files, tmp_path):
+def test_killed_while_saving_a_model(in_process, small_files, tmp_path):
     """A leftover of an earlier run is replaced; the model is whole or absent."""
     leftover = tmp_path / ".ERM_MLP_seed1234_repetition1.pt.partial"
     leftover.write_bytes(b"half")
-    arguments = ("--dataset_path", small_files.parent, "--iteration", 2, "--batch_size", 20)
-    result = command("exp-mnist.py", *arguments, "--repetitions", 1, "--save_model", tmp_path)
+    arguments = ("--dataset_path", small_files.parent, *SHORT, "--save_model", tmp_path)
+    result = in_process("exp-mnist.py", *arguments)
     assert result.returncode == 0, result.stderr
-    assert files(tmp_path) == {".lock", "ERM_MLP_seed1234_repetition1.pt"}
+    assert files(tmp_path) - {".lock"} == {"ERM_MLP_seed1234_repetition1.pt"}
+
+
+def contents(path):
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size):
+    """A disk that fills up, as far as this process can tell."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def test_full_disk_while_drawing_or_saving(in_process, small_files, tmp_path):
+    """One line that says what could not be written, and no half of it is left."""
+    with files_no_larger_than(100_000):
+        drawn = in_process("preprocessing.py", "--dataset_path", tmp_path / "new")
+        folder = tmp_path / "models"
+        arguments = ("--dataset_path", small_files.parent, *SHORT, "--save_model", folder)
+        saved = in_process("exp-mnist.py", *arguments)
+    assert_one_line(drawn, "preprocessing.py: cannot write", tmp_path / "new" / "ColoredMNIST")
+    assert_one_line(saved, "exp-mnist.py: cannot write", folder)
+    assert files(tmp_path) <= {"new/.lock", "models/.lock"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
-def test_full_disk(command, small_files):
+def test_full_disk_under_the_log(command, small_files):
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [
-                sys.executable,
-                "exp-mnist.py",
-                "--dataset_path",
-                small_files.parent,
-                "--iteration",
-                "2",
-            ],
-            cwd=ROOT,
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        arguments = ("--dataset_path", small_files.parent, *SHORT)
+        streams = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        result = command("exp-mnist.py", *arguments, **streams)
     assert_one_line(result, "exp-mnist.py", "No space left")
 
 
 def test_reader_that_leaves(small_files):
-    process = start("exp-mnist.py", "--dataset_path", small_files.parent, "--iteration", "2")
+    process = start("exp-mnist.py", "--dataset_path", small_files.parent, *SHORT)
     process.stdout.close()
     error = process.stderr.read()
-    assert process.wait() != 0 and "Traceback" not in error
+    assert process.wait() != 0 and "Traceback" not in error and error.count("\n") <= 1
+
+
+def test_first_run_draws_and_the_log_says_what_is_read(in_process, tmp_path, dataset_path):
+    """The assignment's probabilities, drawn with the run's seed, and read again afterwards."""
+    arguments = ("--dataset_path", tmp_path, *SHORT)
+    first = in_process("exp-mnist.py", *arguments, "--seed", 11)
+    assert first.returncode == 0 and files(tmp_path) - {".lock"} == DRAWN
+    drawn = f"Data: {tmp_path / 'ColoredMNIST'}, drawn with p_f 0.2, p_e [0.1, 0.4, 0.9]"
+    line = f"{drawn}, shuffle_digits false, seed 11\n"
+    assert line in first.stdout
+    before = contents(tmp_path)
+    assert line in in_process("exp-mnist.py", *arguments, "--seed", 12).stdout
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("trainer", ["ERM", "groupDRO", "IRM", "Backdoor"])
-@pytest.mark.parametrize("size", [1, 2, 5])
-def test_tiny_minibatches(command, small_files, trainer, size):
+@pytest.mark.parametrize("size", [1, 2])
+def test_tiny_minibatches(in_process, small_files, trainer, size):
     arguments = ("--dataset_path", small_files.parent, "--iteration", 30, "--batch_size", size)
-    result = command("exp-mnist.py", *arguments, "--trainer", trainer, "--repetitions", 1)
+    result = in_process("exp-mnist.py", *arguments, "--trainer", trainer, "--repetitions", 1)
     assert result.returncode == 0, result.stderr
     assert "nan" not in result.stdout.splitlines()[-1]

@@ -1,16 +1,18 @@
-"""The losses against independent computations of their formulas."""
+"""The losses against independent computations of their formulas, and the networks."""
 
+import inspect
 import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from dataset import Batch
-from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO
-from register import TRAINERS, canonical_name, register
+from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO, Loss
+from trainer import parse_arguments
 
-ALL = (ERM, GroupDRO, IRM, lambda: IRM(penalty="unbiased"), Backdoor, lambda: Backdoor("offset"))
+ALL = (ERM, GroupDRO, IRM, lambda: IRM(penalty="plain"), Backdoor, lambda: Backdoor("weights"))
 
 
 def random_batch(seed, size=96, environments=2):
@@ -33,10 +35,11 @@ def environment_risks(logits, batch):
 def test_erm_is_the_mean_over_environments():
     batch, logits = random_batch(0), torch.randn(96)
     assert torch.allclose(ERM()(logits, batch), sum(environment_risks(logits, batch)) / 2)
+    assert torch.allclose(ERM().risks(logits, batch), torch.stack(environment_risks(logits, batch)))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_irm_is_the_gradient_through_the_output_layer(seed):
+def test_plain_irm_is_the_gradient_through_the_output_layer(seed):
     """Equation 4, the derivative taken by autograd at the network's own frozen w."""
     torch.manual_seed(seed)
     batch, network = random_batch(seed), MLP()
@@ -45,7 +48,7 @@ def test_irm_is_the_gradient_through_the_output_layer(seed):
     risks = environment_risks(network(batch.images), batch)
     slopes = [torch.autograd.grad(r, network.output_layer, create_graph=True)[0] for r in risks]
     expected = sum(risks) / 2 + 50 * sum(slope**2 for slope in slopes) / 2
-    objective = IRM(reg_lambda=50.0)(network(batch.images), batch)
+    objective = IRM(reg_lambda=50.0, penalty="plain")(network(batch.images), batch)
     assert torch.allclose(objective, expected, rtol=1e-4)
     for ours, theirs in zip(
         torch.autograd.grad(objective, weights, retain_graph=True),
@@ -69,14 +72,6 @@ def test_unbiased_penalty_is_the_mean_over_pairs_of_samples():
     )
 
 
-def test_annealed_irm_is_divided_by_lambda():
-    batch, logits, loss = random_batch(2), torch.randn(96), IRM(1000.0, anneal_iterations=2)
-    early = [IRM(1.0)(logits, batch)] * 2
-    for expected in (*early, IRM(1000.0)(logits, batch) / 1000):
-        assert torch.allclose(loss(logits, batch), expected)
-    assert loss.divisor == 1000
-
-
 def test_group_dro_follows_algorithm_1():
     loss, q = GroupDRO(eta=0.3), [0.5, 0.5]
     for step in range(5):
@@ -98,53 +93,96 @@ def test_group_dro_survives_a_huge_step():
     assert loss(100 * torch.randn(96), random_batch(0)).isfinite()
 
 
-def test_backdoor_is_the_adjustment_formula():
-    """Σ P(z, e) E[loss / P(y | z, e)] / 2: inverse propensities."""
-    batch, logits = random_batch(3), torch.randn(96)
-    expected = 0
-    losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-    for e in (0, 1):
+@pytest.mark.parametrize("adjustment", ["offset", "weights"])
+def test_backdoor_on_minibatches(adjustment):
+    """Over the strata of colour and environment, with P(y | s) of all samples seen until then.
+
+    "offset": cross entropy of σ(Φ + log odds of y in s). "weights": inverse propensities,
+    Σ P(s) E[loss / P(y | s)] / 2. Each count starts at a half, so that none is 0.
+    """
+    loss, seen = Backdoor(adjustment), []
+    for step in range(3):
+        batch, logits, expected = random_batch(step), torch.randn(96), 0
+        seen.append(batch)
+        labels, colors, envs = (torch.cat([b[i] for b in seen]) for i in (1, 2, 3))
+        for e in (0, 1):
+            for z in (0, 1):
+                ones = labels[(envs == e) & (colors == z)]
+                p = (ones.sum() + 0.5) / (len(ones) + 1)  # P(y = 1 | z, e)
+                stratum = (batch.envs == e) & (batch.colors == z)
+                y, phi = batch.labels[stratum], logits[stratum]
+                if adjustment == "offset":
+                    fitted = torch.sigmoid(phi + torch.log(p / (1 - p)))
+                    losses = -torch.log(torch.where(y == 1, fitted, 1 - fitted))
+                else:
+                    losses = F.binary_cross_entropy_with_logits(phi, y, reduction="none")
+                    losses = losses / torch.where(y == 1, p, 1 - p) / 2
+                expected += stratum.float().mean() * losses.mean()
+        assert torch.allclose(loss(logits, batch), expected)
+
+
+def population(of_each=1000):
+    """The exact population of train1: half of the digits of each class, flips 0.2 and 0.1.
+
+    A batch without sampling noise, and which class each of its samples is of.
+    """
+    rows = []
+    for digit in (0, 1):
+        for flipped, p_label in ((0, 0.8), (1, 0.2)):
+            for mistaken, p_color in ((0, 0.9), (1, 0.1)):
+                label = digit ^ flipped
+                rows += [(digit, label, label ^ mistaken)] * round(of_each * p_label * p_color)
+    digit, labels, colors = torch.tensor(rows).T
+    assert len(digit) == 2 * of_each
+    return digit, Batch(digit, labels.float(), colors, torch.zeros_like(digit))
+
+
+def fit(loss, digit, batch):
+    """The logits of the two classes that minimise the loss."""
+    logits = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=50, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        value = loss(logits[digit], batch)
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return logits.detach()
+
+
+def test_backdoor_adjustment_of_the_exact_population():
+    """P(y = 1 | do(x)) = Σ_z P(y = 1 | x, z) P(z), with what the population itself says of it."""
+    digit, batch = population()
+    expected = []
+    for x in (0, 1):
+        # P(y | x, z) ∝ P(y | x) P(z | y): the digit says nothing about the colour but by the label.
+        p_x = 0
         for z in (0, 1):
-            stratum = (batch.envs == e) & (batch.colors == z)
-            propensity = batch.labels[stratum].mean()  # P(y = 1 | z, e)
-            of_label = torch.where(batch.labels[stratum] == 1, propensity, 1 - propensity)
-            expected += stratum.float().mean() * (losses[stratum] / of_label).mean() / 2
-    assert torch.allclose(Backdoor()(logits, batch), expected)
+            odds = [
+                (0.8 if y == x else 0.2) * (0.9 if z == y else 0.1) * (batch.colors == z).sum()
+                for y in (0, 1)
+            ]
+            p_x += odds[1] / sum(odds) * (batch.colors == z).float().mean()
+        expected.append(p_x)
+    expected = torch.tensor(expected)
+    assert torch.allclose(expected, torch.tensor([0.3597, 0.6403]), atol=1e-4)
+
+    loss = Backdoor(adjustment="offset")
+    logits = fit(loss, digit, batch)
+    assert torch.allclose(loss.probability(logits), expected, atol=0.005)
+    assert loss.probability(logits[digit].view(2, -1)).shape == (2, len(digit) // 2)
+    # What the digit alone says of the label, whatever the colour does with it.
+    assert torch.allclose(torch.sigmoid(logits), torch.tensor([0.2, 0.8]), atol=0.005)
 
 
-def test_backdoor_by_offset_finds_the_logit_without_confounding():
-    """P(y = 1 | digit) is 0.2 and 0.8, log odds ±1.386, whatever the colour does with the label."""
-    generator = torch.Generator().manual_seed(0)
-    digit = torch.randint(0, 2, (200000,), generator=generator)
-    flipped = torch.rand(len(digit), generator=generator) < 0.2
-    labels = torch.where(flipped, 1 - digit, digit)
-    mistaken = torch.rand(len(digit), generator=generator) < 0.1
-    colors = torch.where(mistaken, 1 - labels, labels)
-    batch = Batch(digit, labels.float(), colors, torch.zeros_like(digit))
-    for adjustment in ("weights", "offset"):
-        logit = torch.zeros(2, requires_grad=True)
-        optimizer = torch.optim.LBFGS([logit], max_iter=50, line_search_fn="strong_wolfe")
-
-        def objective(logit=logit, optimizer=optimizer, adjustment=adjustment):
-            optimizer.zero_grad()
-            value = Backdoor(adjustment)(logit[digit], batch)
-            value.backward()
-            return value
-
-        optimizer.step(objective)
-        assert torch.allclose(logit, torch.tensor([-1.386, 1.386]), atol=0.05)
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_stacked_repetitions_are_separate(make):
-    batches = [random_batch(seed) for seed in range(3)]
-    stacked = Batch(*(torch.stack(fields) for fields in zip(*batches, strict=True)))
-    logits, together, alone = torch.randn(2, 3, 96), make(), [make() for _ in range(3)]
-    for step in range(2):
-        objectives = together(logits[step], stacked)
-        assert objectives.shape == (3,)
-        for r in range(3):
-            assert torch.allclose(objectives[r], alone[r](logits[step, r], batches[r]))
+def test_balancing_gives_the_posterior_of_balanced_labels():
+    """Adjustment of the image given the label: 0.2 and 0.8, other probabilities, the same Φ."""
+    digit, batch = population()
+    logits = fit(Backdoor(adjustment="weights"), digit, batch)
+    assert torch.allclose(torch.sigmoid(logits), torch.tensor([0.2, 0.8]), atol=0.005)
+    assert torch.allclose(logits, fit(Backdoor(adjustment="offset"), digit, batch), atol=0.03)
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -155,42 +193,78 @@ def test_missing_groups_give_no_nan(make, size, environments):
     for seed in range(20):
         logits = torch.randn(size, requires_grad=True)
         objective = loss(logits, random_batch(seed, size, environments))
-        assert objective.isfinite()
+        assert objective.isfinite() and objective.shape == ()
         assert torch.autograd.grad(objective, logits)[0].isfinite().all()
 
 
-def test_names_are_found_in_any_case():
-    assert {"ERM", "groupDRO", "IRM", "Backdoor"} <= set(TRAINERS)
-    assert TRAINERS[canonical_name(TRAINERS, "GROUPdro")] is GroupDRO
-    with pytest.raises(ValueError, match="choose from ERM, groupDRO, IRM"):
-        canonical_name(TRAINERS, "DRO")
-    with pytest.raises(ValueError, match="registered already"):
-        register(TRAINERS, "irm")(ERM)
+@pytest.mark.parametrize("make", ALL)
+def test_losses_of_two_trainings_are_separate(make):
+    """An instance keeps what it knows to itself."""
+    batch, other, logits = random_batch(0), random_batch(1), torch.randn(96)
+    first, second = make(), make()
+    expected = first(logits, batch)
+    make()(logits, other)
+    assert torch.equal(second(logits, batch), expected)
+
+
+@pytest.mark.parametrize(("name", "made"), [("IRM", IRM), ("Backdoor", Backdoor), ("MLP", MLP)])
+def test_defaults_in_code_are_those_of_the_command_line(name, made):
+    flag = "--network" if made is MLP else "--trainer"
+    args = vars(parse_arguments("", [flag, name]))
+    for parameter in inspect.signature(made).parameters.values():
+        if parameter.name != "channels":
+            assert args[parameter.name] == parameter.default
+    if made is not MLP:
+        batch, logits, loss = random_batch(0), torch.randn(96), made()
+        given = {key: args[key] for key in inspect.signature(made).parameters}
+        assert torch.equal(loss(logits, batch), made(**given)(logits, batch))
+
+
+def test_a_loss_says_what_it_lacks():
+    with pytest.raises(NotImplementedError):
+        Loss()(torch.zeros(96), random_batch(0))
 
 
 def test_mlp_is_the_assignments():
-    network = MLP(2352, (64, 16))
+    """On red and green: blue is 0 throughout."""
+    network = MLP()
     shapes = [tuple(p.shape) for p in network.parameters() if p.requires_grad]
-    assert shapes == [(64, 2352), (16, 64), (1, 16)]
+    assert shapes == [(64, 1568), (16, 64), (1, 16)]
     assert network.output_layer == 1 and not network.output_layer.requires_grad
-    assert network(torch.randn(5, 2352)).shape == (5,)
-    rich = MLP(784, (8,), bias=True, drop_rate=0.5, batchnorm=True)
+    assert network(torch.randn(5, 1568)).shape == (5,)
+    assert all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in network.phi)
+    rich = MLP(1, (8,), bias=True, drop_rate=0.5, batchnorm=True)
     assert rich(torch.randn(5, 784)).shape == (5,) and rich.phi[-1].bias is not None
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    whole = MLP(bias=True)
+    bound = math.sqrt(6 / (1568 + 64))
+    assert 0.99 * bound < whole.phi[0].weight.abs().max() <= bound
+    assert not whole.phi[0].bias.any()
+    torch.manual_seed(0)
+    small = MLP(bias=True, init_scale=0.3)
+    assert torch.allclose(small.phi[0].weight, 0.3 * whole.phi[0].weight)
+    assert torch.equal(small.phi[2].weight, whole.phi[2].weight)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_cnn_takes_flat_images(channels):
-    network, images = CNN(channels=channels).eval(), torch.randn(3, 784)
-    logits = network(images, torch.tensor([0, 1, 1]))
-    assert logits.shape == (3,)
-    recolored = network(images, torch.tensor([1, 0, 0]))
-    assert torch.equal(recolored, logits) == (channels == 1)
+    network, images = CNN(channels).eval(), torch.randn(3, channels * 784)
+    assert network(images).shape == (3,)
+    filters = [tuple(m.weight.shape) for m in network.phi if isinstance(m, nn.Conv2d)]
+    assert filters == [(32, channels, 5, 5), (64, 32, 5, 5)]
+    exchanged = images.view(3, channels, 784).flip(1).flatten(1)
+    assert torch.allclose(network(exchanged), network(images)) == (channels == 1)
 
 
 def test_without_blue_it_is_the_same_function():
     """A network on red and green alone is the one on RGB whose blue inputs are constant 0."""
-    small, whole = MLP(1568), MLP(2352)
+    small, whole = MLP(2), MLP(3)
     whole.load_state_dict(small.state_dict() | {"phi.0.weight": whole.phi[0].weight.data})
     whole.phi[0].weight.data[:, :1568] = small.phi[0].weight.data
     images = torch.cat([torch.randn(9, 1568), torch.zeros(9, 784)], 1)
     assert torch.allclose(whole(images), small(images[:, :1568]), atol=1e-6)
+    ERM()(whole(images), random_batch(0, 9)).backward()
+    assert not whole.phi[0].weight.grad[:, 1568:].any()

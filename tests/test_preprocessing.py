@@ -1,3 +1,5 @@
+"""The environments that are drawn, and where their digits come from."""
+
 import gzip
 import hashlib
 import http.server
@@ -7,10 +9,11 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line
+from conftest import ROOT, assert_one_line, assert_refused, same
 
 import preprocessing
-from preprocessing import ColoredMNIST, UserError, color_digits, load_dataset, load_mnist
+from dataset import ColoredMNIST, load_dataset
+from preprocessing import UserError, color_digits, draw_environments, load_mnist
 
 
 def test_environments_follow_the_assignment(dataset_path, mnist):
@@ -41,47 +44,100 @@ def test_certain_flips(p_f, p_e):
     assert torch.equal(record["colors"].bool(), expected ^ bool(p_e))
 
 
+def grey(digits):
+    return digits.images.amax(1)
+
+
 def test_drawn_once_and_anew_when_deleted(tmp_path):
     first = load_dataset(tmp_path, seed=1)
-    assert torch.equal(load_dataset(tmp_path, seed=2).test.labels, first.test.labels)
+    assert same(load_dataset(tmp_path, seed=2).test, first.test)
     preprocessing.remove(tmp_path / "ColoredMNIST")
     again = load_dataset(tmp_path, seed=2)
     assert not torch.equal(again.test.labels, first.test.labels)
-    assert torch.equal(again.test.pixels, first.test.pixels)
+    assert torch.equal(grey(again.test), grey(first.test))
 
 
-def test_sizes_of_the_environments(command, tmp_path):
+def test_same_seed_same_files(tmp_path):
+    folders = [tmp_path / name for name in ("first", "second", "third")]
+    for folder, seed in zip(folders, (4, 4, 5), strict=True):
+        draw_environments(folder, sizes=(30, 20, 10), seed=seed)
+    files = [(folder / "ColoredMNIST" / "train1.pt").read_bytes() for folder in folders]
+    assert files[0] == files[1] != files[2]
+
+
+def test_sizes_of_the_environments(in_process, tmp_path):
     asked = ("--dataset_path", tmp_path, "--sizes", 30, 20, 10)
-    assert command("preprocessing.py", *asked).returncode == 0
-    data = load_dataset(tmp_path, sizes=(30, 20, 10))
-    assert data.train.envs.bincount().tolist() == [30, 20] and len(data.test.labels) == 10
-    digits = torch.cat([data.train.pixels, data.test.pixels])
+    assert in_process("preprocessing.py", *asked).returncode == 0
+    data = load_dataset(tmp_path)
+    assert data.training.envs.bincount().tolist() == [30, 20] and len(data.test) == 10
+    digits = torch.cat([grey(data.training), grey(data.test)])
     assert torch.equal(digits, load_mnist(tmp_path)[0][:60])
-    assert_one_line(command("preprocessing.py", *asked[:-1], 11), "[30, 20, 10]", "[30, 20, 11]")
-    too_many = command("preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 60000)
+    too_many = in_process("preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 6e4)
+    assert_refused(too_many, "--sizes")
+    too_many = in_process(
+        "preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 60000
+    )
     assert_one_line(too_many, "--sizes", "60050")
     assert not (tmp_path / "new").exists()
 
 
-def test_shuffled_digits(command, tmp_path):
+def test_shuffled_digits(in_process, tmp_path):
     asked = ("--dataset_path", tmp_path, "--sizes", 40, 30, 10)
-    assert "shuffle_digits True" in command("preprocessing.py", *asked, "--shuffle_digits").stdout
+    assert in_process("preprocessing.py", *asked, "--shuffle_digits").returncode == 0
     data, images = load_dataset(tmp_path), load_mnist(tmp_path)[0]
-    assert not torch.equal(data.train.pixels, images[:70])
-    of_image = (data.train.pixels.unsqueeze(1) == images[:70]).flatten(2).all(2)
+    assert "shuffle_digits true" in data.description
+    assert not torch.equal(grey(data.training), images[:70])
+    of_image = (grey(data.training).unsqueeze(1) == images[:70]).flatten(2).all(2)
     assert of_image.sum(0).eq(1).all()  # each of the first 70 digits, once
     assert of_image[:40, 40:].any()  # and some of them in the other environment
-    assert torch.equal(data.test.pixels, images[70:80])
-    assert_one_line(command("preprocessing.py", *asked), "shuffle_digits True", "False")
-    other = load_dataset(tmp_path / "other", seed=5, sizes=(40, 30, 10), shuffle_digits=True)
-    assert not torch.equal(other.train.pixels, data.train.pixels)
+    assert torch.equal(grey(data.test), images[70:80])
+    draw_environments(tmp_path / "other", seed=5, sizes=(40, 30, 10), shuffle_digits=True)
+    assert not torch.equal(grey(load_dataset(tmp_path / "other").training), grey(data.training))
 
 
-def test_files_that_do_not_say_whether_digits_are_shuffled(small_files):
-    folder = small_files
-    assert "shuffle_digits False" in load_dataset(folder.parent, shuffle_digits=False).description
-    with pytest.raises(UserError, match="shuffle_digits False"):
-        load_dataset(folder.parent, shuffle_digits=True)
+def test_command_draws_what_it_is_asked_for(in_process, tmp_path):
+    asked = ("--p_f", 0.25, "--p_e", 0.2, 0.1, 0.9, "--seed", 5, "--sizes", 2000, 2000, 2000)
+    result = in_process("preprocessing.py", "--dataset_path", tmp_path, *asked)
+    assert result.returncode == 0 and result.stderr == ""
+    assert str(tmp_path / "ColoredMNIST") in result.stdout
+    data = load_dataset(tmp_path)
+    assert "p_f 0.25, p_e [0.2, 0.1, 0.9], shuffle_digits false, seed 5" in data.description
+    # Three standard deviations of a proportion among 2000 are 0.034 at most.
+    agree = (data.training.colors == data.training.labels).float().split(2000)
+    assert abs(agree[0].mean() - 0.8) < 0.034 and abs(agree[1].mean() - 0.9) < 0.034
+    assert len(ColoredMNIST(tmp_path, "test")) == 2000  # whatever it was drawn with
+
+
+def test_command_refuses_to_draw_where_data_are(in_process, tmp_path):
+    asked = ("--dataset_path", tmp_path, "--sizes", 30, 20, 10)
+    assert in_process("preprocessing.py", *asked).returncode == 0
+    folder = tmp_path / "ColoredMNIST"
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert_one_line(in_process("preprocessing.py", *asked), folder, "is there", "delete it")
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    for path in folder.iterdir():  # one file of a user's own is enough
+        path.unlink()
+    (folder / "train1.pt").write_bytes(b"mine")
+    assert_one_line(in_process("preprocessing.py", *asked), folder, "delete it")
+    assert [path.read_bytes() for path in folder.iterdir()] == [b"mine"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--p_f", 1.1), ("--p_f", "from 0 to 1")),
+        (("--p_e", 0.1, 0.4), ("--p_e",)),
+        (("--p_e", 0.1, 0.4, "nan"), ("--p_e", "'nan'")),
+        (("--sizes", 1, 20, 20), ("--sizes", "whole number from 2")),
+        (("--seed", -1), ("--seed",)),
+        (("--seed", "x"), ("--seed", "'x'")),
+        (("--trainer", "IRM"), ("--trainer",)),
+    ],
+)
+def test_nonsense_is_refused(in_process, tmp_path, arguments, words):
+    result = in_process("preprocessing.py", "--dataset_path", tmp_path / "new", *arguments)
+    assert_refused(result, *words)
+    assert not (tmp_path / "new").exists()
 
 
 def test_dataset_interface(dataset_path):
@@ -90,6 +146,9 @@ def test_dataset_interface(dataset_path):
     assert len(dataset) == 20000 and image.mode == "RGB" and image.size == (28, 28)
     pixels = np.asarray(image)
     assert pixels[..., 1 - color].any() and not pixels[..., color].any()
+    record = torch.load(dataset_path / "ColoredMNIST" / "train2.pt", weights_only=True)
+    assert np.array_equal(pixels, record["images"][5].movedim(0, 2).numpy())
+    assert (target, color) == (int(record["labels"][5]), int(record["colors"][5]))
     from torchvision.transforms import ToTensor
 
     changed = ColoredMNIST(dataset_path, "train2", ToTensor(), target_transform=lambda y: 10 + y)
@@ -100,15 +159,14 @@ def test_dataset_interface(dataset_path):
         ColoredMNIST(dataset_path, "train3")
 
 
-def test_command_draws_and_shows_samples(command, tmp_path):
-    asked = ("--p_f", "0.25", "--p_e", "0.2", "0.1", "0.9", "--seed", "5")
-    result = command("preprocessing.py", "--dataset_path", tmp_path, *asked)
-    assert result.returncode == 0 and result.stderr == ""
-    assert "seed 5" in result.stdout
-    assert (tmp_path / "samples.png").read_bytes().startswith(b"\x89PNG")
-    assert len(ColoredMNIST(tmp_path, "test")) == 20000  # whatever it was drawn with
-    other = command("preprocessing.py", "--dataset_path", tmp_path, *asked[:-1], "6")
-    assert_one_line(other, "seed 5", "6")
+def test_both_parts_of_mnist(mnist, tmp_path):
+    images, digits = mnist
+    assert images.shape == (60000, 28, 28) and digits.bincount().min() > 5000
+    unseen, unseen_digits = load_mnist(tmp_path, "test")
+    assert unseen.shape == (10000, 28, 28) and unseen.dtype == torch.uint8
+    assert unseen_digits.shape == (10000,) and unseen_digits.bincount().min() > 800
+    with np.load(ROOT / "data" / "mnist.npz") as archive:
+        assert np.array_equal(unseen.numpy(), archive["x_test"])
 
 
 def idx(array):
@@ -121,10 +179,10 @@ def server(tmp_path, monkeypatch, mnist):
     """MNIST on a local HTTP server, and torchvision told to download from there."""
     from torchvision.datasets import MNIST
 
-    files = {}
-    for part, count in (("train", 60000), ("t10k", 10)):
-        files[f"{part}-images-idx3-ubyte.gz"] = idx(mnist[0][:count].numpy())
-        files[f"{part}-labels-idx1-ubyte.gz"] = idx(mnist[1][:count].numpy())
+    files, parts = {}, {"train": mnist, "t10k": load_mnist(ROOT / "data", "test")}
+    for part, (images, digits) in parts.items():
+        files[f"{part}-images-idx3-ubyte.gz"] = idx(images.numpy())
+        files[f"{part}-labels-idx1-ubyte.gz"] = idx(digits.numpy())
     files = {name: gzip.compress(data, 1) for name, data in files.items()}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -157,7 +215,11 @@ def test_download_where_no_digits_are_bundled(server, tmp_path, mnist):
     assert torch.equal(images, mnist[0]) and torch.equal(digits, mnist[1])
     server.failing = True  # kept, so not needed again
     assert torch.equal(load_mnist(tmp_path)[1], digits)
-    assert {path.name for path in tmp_path.iterdir()} <= {"mnist.npz", ".lock"}
+    assert load_mnist(tmp_path, "test")[0].shape == (10000, 28, 28)
+    (raw,) = tmp_path.rglob("train-images-idx3-ubyte")
+    raw.write_bytes(raw.read_bytes()[:100000])  # as of a run that was killed
+    with pytest.raises(UserError, match="put mnist.npz into"):
+        load_mnist(tmp_path)
 
 
 def test_failing_download_says_what_to_put_where(server, tmp_path):
@@ -168,7 +230,7 @@ def test_failing_download_says_what_to_put_where(server, tmp_path):
     assert "\n" not in message
     for word in ("mnist.npz", "train1.pt", "test.pt", str(tmp_path / "ColoredMNIST")):
         assert word in message
-    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_damaged_digits_are_named(tmp_path):
@@ -176,3 +238,12 @@ def test_damaged_digits_are_named(tmp_path):
     (tmp_path / "mnist.npz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match="mnist.npz is damaged"):
         load_dataset(tmp_path)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    (tmp_path / "mnist.npz").write_bytes(damaged)
+    with pytest.raises(UserError, match="mnist.npz is damaged"):
+        load_dataset(tmp_path)
+    np.savez(tmp_path / "mnist.npz", x_train=np.zeros((9, 28, 28), np.uint8), y_train=np.zeros(9))
+    with pytest.raises(UserError, match="mnist.npz does not hold the 60000 images"):
+        load_dataset(tmp_path)
+    assert not (tmp_path / "ColoredMNIST").exists()

@@ -1,0 +1,197 @@
+"""What the scripts beside this one share: sweeps of jobs, trained networks, unseen digits, figures.
+
+A sweep's jobs run on all cores, one thread each, or on the workers of a Dask cluster. Each result
+is kept in data/jobs, so that a sweep that was interrupted goes on where it stopped; deleting that
+folder starts afresh. Results of other code (the top level's, or the job's own) are not used.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib
+import inspect
+import io
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import torch
+from joblib import Memory, Parallel, cpu_count, delayed, parallel_config
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataset import Dataset, Digits, load_dataset  # noqa: E402
+from preprocessing import (  # noqa: E402
+    P_E,
+    P_F,
+    UserError,
+    color_digits,
+    draw_environments,
+    load_mnist,
+    written_whole,
+)
+from trainer import parse_arguments, train_repetition  # noqa: E402
+
+CODE = b"".join(path.read_bytes() for path in sorted(ROOT.glob("*.py")))  # as this process has it
+UNSEEN_SEED = 10000  # the first that is no student number
+LOCK = threading.Lock()  # torch's random numbers are the process's, and Dask's workers have threads
+
+
+def run_jobs(
+    function: Callable, jobs: list[tuple], scheduler: str | None = None
+) -> Iterator[tuple[tuple, object]]:
+    """Yield each job and `function(*job)`, as they finish; first those that are kept already.
+
+    Args:
+        function: of a script's top level; what it prints is dropped.
+        jobs: tuples of numbers, strings and tuples, as what the function returns should be.
+        scheduler: address of a Dask cluster, whose workers then do the work.
+    """
+    path, finished, missing = Path(inspect.getfile(function)), [], []
+    for job in jobs:
+        key = (path.stem, function.__name__, version(function, *plugins(job)), repr(job))
+        try:
+            finished.append((job, kept(*key)))
+        except LookupError:
+            missing.append((key, job))
+    yield from finished
+    if not missing:
+        return
+    with (
+        workers(len(missing), scheduler, path.parent) as parallel,
+        tqdm(total=len(jobs), initial=len(finished), smoothing=0, leave=False) as bar,
+    ):
+        # A lambda travels by value: Dask's scheduler, which reads it, can't import this module.
+        send = delayed(lambda *pair: importlib.import_module("jobs").perform(*pair))
+        for key, job, result in parallel(send(*pair) for pair in missing):
+            kept(*key, result)
+            bar.update()
+            yield job, result
+
+
+def add_scheduler_flag(parser: argparse.ArgumentParser) -> None:
+    address = "compute on the workers of this Dask cluster instead of this machine's cores"
+    parser.add_argument("--scheduler", metavar="tcp://HOST:8786", help=address)
+
+
+def kept(*arguments: object) -> object:
+    """The result kept under this key; LookupError if there is none. One more argument is kept."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of slow disks, and of files that can't be read
+        return MEMORY(*arguments)
+
+
+def remember(module: str, name: str, code: str, job: str, result: object = None) -> object:
+    """What joblib's Memory calls where it has nothing: `result` is no part of the key."""
+    if result is None:
+        raise LookupError
+    return result
+
+
+MEMORY = Memory(ROOT / "data" / "jobs", verbose=0).cache(remember, ignore=["result"])
+
+
+def plugins(job: tuple) -> list[str]:
+    """The Python files that a job's arguments name."""
+    words = [word for part in job for word in (part if isinstance(part, tuple) else (part,))]
+    files = [word.split("=")[-1] for word in words if isinstance(word, str)]
+    return [file for file in files if file.endswith(".py") and os.path.isfile(file)]
+
+
+@functools.cache
+def version(function: Callable, *files: str) -> str:
+    """Of the code that a function's results depend on, as this process came to know it."""
+    sources = [inspect.getsource(f).encode() for f in (function, *SHARED)]
+    sources += [CODE, torch.__version__.encode(), *(Path(file).read_bytes() for file in files)]
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+
+
+def perform(key: tuple[str, str, str, str], job: tuple) -> tuple:
+    """Do a job in a worker; the function travels as its name, as a worker has no __main__ of ours.
+
+    Raises UserError if this process has read other code than the one that asks.
+    """
+    module, name, code, _ = key
+    with LOCK, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        torch.set_num_threads(1)
+        function = getattr(importlib.import_module(module), name)
+        if version(function, *plugins(job)) != code:
+            raise UserError("a worker runs another version of the code: start the workers again")
+        return key, job, function(*job)
+
+
+@contextmanager
+def workers(jobs: int, scheduler: str | None, folder: Path) -> Iterator[Parallel]:
+    """This machine's cores, or a Dask cluster, whose workers find modules in `folder`, too.
+
+    Raises UserError if the cluster can't be reached, has no worker or breaks down.
+    """
+    options = {"n_jobs": min(cpu_count(), jobs), "batch_size": 1, "pre_dispatch": "all"}
+    options["return_as"] = "generator_unordered"
+    if scheduler is None:
+        with parallel_config("loky", inner_max_num_threads=1):
+            parallel = Parallel(**options)
+        yield parallel
+        return
+    try:
+        from distributed import Client
+
+        with Client(scheduler, timeout=10) as client:
+            folders = [str(ROOT), str(ROOT / "benchmarks"), str(folder)]
+            # Also for workers that come later.
+            client.register_worker_callbacks(lambda: sys.path.extend(folders))
+            with parallel_config("dask", client=client):
+                parallel = Parallel(**options)
+            yield parallel
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"--scheduler {scheduler}: {error}") from None
+
+
+def experiment(arguments: list[str], drawing: dict | None = None) -> Iterator[tuple]:
+    """Yield (data, network, loss, training, validation) for each repetition, on the CPU.
+
+    Args:
+        arguments: as those of exp-mnist.py; the seed draws the data as well.
+        drawing: more arguments of `preprocessing.draw_environments`.
+    """
+    args = parse_arguments("", ["--evaluation_steps", "1000000", *arguments])
+    data = fresh_data(args, drawing)
+    for repetition in range(1, args.repetitions + 1):
+        yield data, *train_repetition(args, data, repetition)
+
+
+def fresh_data(args: argparse.Namespace, drawing: dict | None = None) -> Dataset:
+    """What `--seed` draws, on the CPU; its files are deleted."""
+    with tempfile.TemporaryDirectory() as folder:
+        draw_environments(Path(folder), seed=args.seed, **drawing or {})
+        return load_dataset(folder, args.seed).to(torch.device("cpu"), args.grayscale)
+
+
+@functools.cache
+def unseen_digits(grayscale: bool = False) -> Digits:
+    """A test environment of MNIST's own 10,000 test digits, always the same.
+
+    Nothing is trained on it, and nothing may be chosen by it.
+    """
+    generator = torch.Generator().manual_seed(UNSEEN_SEED)
+    drawn = color_digits(*load_mnist(ROOT / "data", "test"), P_F, P_E[2], generator)
+    images, labels, colors = drawn["images"][:, :2].contiguous(), drawn["labels"], drawn["colors"]
+    digits = Digits(images, labels.float(), colors.long(), torch.full((len(labels),), 2))
+    return digits.grayscale() if grayscale else digits
+
+
+SHARED = (experiment, fresh_data, unseen_digits)  # what results depend on, as on the job's function
+
+
+def save_figure(figure, path: str | Path) -> None:
+    """Save a matplotlib figure as a PNG; the folder is made if it is missing."""
+    with written_whole(Path(path)) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    print(f"Figure: {path}")

@@ -1,0 +1,149 @@
+"""Sweeps: interrupted, on a Dask cluster of which a worker dies, and drawn again from their table.
+
+All of it in a copy of the project that draws small environments, with its own kept results.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_one_line
+
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+SWEEP = ("benchmarks/student_numbers.py", "--numbers", "4", "--iteration", "20")
+JOBS = 8  # of that sweep: two trainers
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("project")
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")):
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    (folder / "data").mkdir()
+    (folder / "data" / "mnist.npz").symlink_to(ROOT / "data" / "mnist.npz")
+    text = (folder / "preprocessing.py").read_text()
+    small = text.replace("SIZES = (20000, 20000, 20000)", "SIZES = (700, 700, 700)")
+    small = small.replace("sum(sizes) > sum(SIZES)", "sum(sizes) > 60000")
+    assert small != text
+    (folder / "preprocessing.py").write_text(small)
+    return folder
+
+
+@pytest.fixture
+def start(project):
+    """Start a process in the project; all of them are gone after the test."""
+    started = []
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        session = {"start_new_session": True, "env": ENVIRONMENT, "cwd": project}
+        started.append(subprocess.Popen(command, **options, **session))
+        return started[-1]
+
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its own workers as well
+        process.communicate()
+
+
+def kept(project: Path) -> dict[Path, int]:
+    """The results that are kept, and when each was written."""
+    return {path: path.stat().st_mtime_ns for path in project.glob("data/jobs/**/output.pkl")}
+
+
+def wait_for(condition, seconds: float = 120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def finish(process) -> str:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def test_killed_sweep_goes_on(project, start):
+    first = start(*SWEEP)
+    wait_for(lambda: len(kept(project)) >= 2)
+    first.kill()
+    first.wait()
+    before = kept(project)
+    assert 2 <= len(before) < JOBS
+    out = finish(start(*SWEEP))
+    after = kept(project)
+    assert len(after) == JOBS and after.items() >= before.items()
+    assert "IRM, unseen digits: 4 student numbers" in out
+    rows = (project / "figures" / "student_numbers.csv").read_text().splitlines()
+    assert rows[0] == "number,trainer,repetition,test,unseen" and len(rows) == 1 + 3 * JOBS
+
+
+def test_cluster_that_loses_a_worker_gives_the_same_table(project, start):
+    local = finish(start(*SWEEP, "--table", "local.csv"))
+    shutil.rmtree(project / "data" / "jobs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    dask = ("-m", "distributed.cli.dask_scheduler")
+    start(*dask, "--host", address, "--no-dashboard")
+    dask = ("-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny")
+    both = [start(*dask, "--no-dashboard", "--local-directory", f"dask{n}") for n in (1, 2)]
+    sweep = start(*SWEEP, "--table", "cluster.csv", "--scheduler", address)
+    wait_for(lambda: len(kept(project)) >= 2)
+    both[0].kill()
+    assert len(kept(project)) < JOBS
+    assert finish(sweep).replace("cluster.csv", "local.csv") == local
+    assert (project / "cluster.csv").read_bytes() == (project / "local.csv").read_bytes()
+
+
+def test_results_are_the_commands(project, start):
+    flags = ["--trainer", "IRM", "--iteration", "20", "--repetitions", "2", "--seed", "5"]
+    log = finish(start("exp-mnist.py", "--no_cuda", *flags)).splitlines()
+    code = (
+        "import json, sys; sys.path.insert(0, 'benchmarks'); import jobs, results; "
+        "(_, result), = jobs.run_jobs(results.measure, [tuple(sys.argv[1:])]); "
+        "print(json.dumps(result))"
+    )
+    measured = json.loads(finish(start("-c", code, *flags)))
+    tests = [line for line in log if line.startswith("Test result: ")]
+    flips = [line for line in log if line.startswith("Flip rate: ")]
+    assert len(measured) == len(tests) == 2
+    for result, test, flip in zip(measured, tests, flips, strict=True):
+        scores = {name: result[name] for name in ("Accuracy", "AUC", "F1_macro")}
+        assert test == f"Test result: {scores}"
+        assert flip == f"Flip rate: {result['flips']}"
+
+
+def test_figure_is_drawn_again_from_the_table(tmp_path, in_process, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    table, figure = tmp_path / "numbers.csv", tmp_path / "new" / "numbers.png"
+    rows = [f"{n},{t},1,0.6{n},0.7{n}" for n in (1, 2, 3) for t in ("groupDRO", "IRM")]
+    table.write_text("\n".join(["number,trainer,repetition,test,unseen", *rows, ""]))
+    script = "student_numbers.py"
+    result = in_process(script, "--from", table, "--figure", figure)
+    assert result.returncode == 0, result.stderr
+    assert "IRM, test environment: 3 student numbers, mean 62.00 %" in result.stdout
+    assert "worst 61.00 (number 0001)" in result.stdout
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert_one_line(in_process(script, "--from", tmp_path / "none.csv"), "none.csv")
+    table.write_text("number,trainer\n1,IRM\n")
+    assert_one_line(in_process(script, "--from", table), table)
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(project, start):
+    process = start(*SWEEP[:3], "--scheduler", "nowhere://127.0.0.1:1")
+    out, err = process.communicate(timeout=100)
+    assert_one_line(subprocess.CompletedProcess([], process.returncode, out, err), "nowhere")
