@@ -61,8 +61,8 @@ class Digits:
         return Digits(self.images.amax(1, keepdim=True), self.labels, self.colors, self.envs)
 
     def chunks(self) -> Iterator[Batch]:
-        """All digits in order, `CHUNK` at a time, as `batches` gives them."""
-        return self.batches(torch.arange(len(self)).split(CHUNK))
+        """All digits in order, up to `CHUNK` at a time and nearly as many each, as batches."""
+        return self.batches(torch.arange(len(self)).chunk(-(-len(self) // CHUNK)))
 
     def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
         """Endless minibatches, as `batches` gives them; all of them are smaller if there are fewer.

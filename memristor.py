@@ -257,23 +257,24 @@ class StuckDevices(nn.Module):
 
     A device stuck at low resistance adds or takes away the largest weight of its layer, so weights
     are limited to `LIMIT` standard deviations: the largest is then no rare outlier that makes each
-    stuck device worse. The gradient passes through limit and damage unchanged (straight-through),
-    so all weights learn to do without any of the others. Each step has a proportion of stuck
-    devices of its own, from none to `MOST`, so that the network is right with few of them as with
-    many.
+    stuck device worse. One stuck at high resistance leaves its part of the weight out. The gradient
+    passes through limit and damage unchanged (straight-through), so all weights learn to do without
+    any of the others. Each step has proportions of stuck devices of its own, from none to `MOST_ON`
+    and `MOST_OFF`, so that the network is right with few of them as with many.
     """
 
-    LIMIT = 0.7
-    MOST = 0.3
+    LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.5
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
         limit = self.LIMIT * values.std().item()
         positive, negative = values.clamp(0, limit), (-values).clamp(0, limit)
         if self.training:
-            proportion = self.MOST * torch.rand((), device=weight.device)
+            on, off = self.MOST_ON * torch.rand(()).item(), self.MOST_OFF * torch.rand(()).item()
             for devices in (positive, negative):
-                devices[torch.rand_like(devices) < proportion] = limit
+                draws = torch.rand_like(devices)
+                devices[draws < on] = limit
+                devices[draws > 1 - off] = 0
         return weight + (positive - negative - values)
 
 

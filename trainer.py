@@ -124,6 +124,8 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 
 def load(args: argparse.Namespace) -> Dataset:
     """The data on the GPU, if there is one and it may be used; begins the log."""
+    if args.save_model and Path(args.save_model).is_file():
+        raise UserError(f"--save_model: {args.save_model} is a file, not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
@@ -231,7 +233,7 @@ def flags_of(function: Callable) -> dict[str, dict]:
         default, hint = parameter.default, hints.get(name)
         if default is parameter.empty or name == "channels":  # what --grayscale decides
             continue
-        options = {"type": type(default), "default": default}
+        options = {"type": hint if isinstance(hint, type) else type(default), "default": default}
         if isinstance(default, bool):
             options = {"action": "store_true"}
         elif get_origin(hint) is Literal:

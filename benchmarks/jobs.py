@@ -136,7 +136,10 @@ def workers(jobs: int, scheduler: str | None, folder: Path) -> Iterator[Parallel
     options = {"n_jobs": min(cpu_count(), jobs), "batch_size": 1, "pre_dispatch": "all"}
     options["return_as"] = "generator_unordered"
     if scheduler is None:
-        with parallel_config("loky", inner_max_num_threads=1):
+        # What workers leave behind that are stopped by another one's error is cleaned up silently.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
+        # Workers whose sweep was killed go when they have nothing to do for 20 seconds.
+        with parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=20):
             parallel = Parallel(**options)
         yield parallel
         return
@@ -151,7 +154,8 @@ def workers(jobs: int, scheduler: str | None, folder: Path) -> Iterator[Parallel
                 parallel = Parallel(**options)
             yield parallel
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"--scheduler {scheduler}: {error}") from None
+        reason = str(error).split(". ")[0]  # what follows is advice for programmers
+        raise UserError(f"--scheduler {scheduler}: {reason}") from None
 
 
 def experiment(arguments: list[str], drawing: dict | None = None) -> Iterator[tuple]:

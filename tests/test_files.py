@@ -358,7 +358,6 @@ def start(*arguments):
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # several at once are faster so
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

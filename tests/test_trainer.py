@@ -6,7 +6,6 @@ import copy
 import itertools
 import math
 import re
-import subprocess
 import warnings
 
 import numpy as np
@@ -239,9 +238,10 @@ class Filters(Network):
 
 
 @pytest.mark.parametrize("network", [Filters, lambda: MLP(hidden_dim=(8,), batchnorm=True)])
-def test_batch_normalisation_fits_the_averaged_weights(data, network):
+@pytest.mark.parametrize("count", [2001, 4000])
+def test_batch_normalisation_fits_the_averaged_weights(data, network, count):
     """Its statistics are those of what the averaged layers make of the training images."""
-    digits = data.training[torch.arange(0, 40000, 10)]
+    digits = data.training[torch.arange(19000, 19000 + count)]
     ours = trained(digits, network=network, iteration=10, average_last=0.5, learning_rate=1e-2)
     (index,) = [i for i, layer in enumerate(ours.phi) if hasattr(layer, "running_mean")]
     with torch.no_grad():
@@ -444,13 +444,13 @@ TRAINERS["Own"], NETWORKS["Line"] = Own, Line
 
 
 def test_arguments_of_a_plugin_are_flags(in_process, small_files, tmp_path):
-    given = plugin(tmp_path, OWN, 'kind: str = "soft", often: int = 2')
+    given = plugin(tmp_path, OWN, 'kind: str = "soft", often: float = 2')
     result = in_process("exp-mnist.py", *given, "--trainer", "own", "--help")
     text = " ".join(result.stdout.split())
     assert "--strength STRENGTH how much of it, 100 % at most (default: 1.0)" in text
     assert "Own: 'iteration': 7" in text
-    args = parse_arguments("", [*given, "--trainer", "Own", "--strength", "2", "--often", "3"])
-    assert (args.strength, args.kind, args.often, args.iteration) == (2.0, "soft", 3, 7)
+    args = parse_arguments("", [*given, "--trainer", "Own", "--strength", "2", "--often", "1.5"])
+    assert (args.strength, args.kind, args.often, args.iteration) == (2.0, "soft", 1.5, 7)
     explicit = ("--iteration", "3")
     assert parse_arguments("", [*given, "--trainer", "Own", *explicit]).iteration == 3
     short = ("--dataset_path", small_files.parent, "--no_cuda", "--repetitions", 1)
@@ -586,21 +586,3 @@ def test_loss_of_a_batch_is_cross_entropy(data):
     logits = torch.randn(len(batch.labels))
     expected = F.binary_cross_entropy_with_logits(logits, batch.labels)
     assert torch.allclose(ERM().losses(logits, batch).mean(), expected)
-
-
-def test_run_script_grades(tmp_path):
-    """The table of run.sh, from logs with known summaries."""
-    script = (ROOT / "run.sh").read_text()
-    row = re.search(r"^row\(\) \{.*?^\}$", script, re.M | re.S)[0]
-    logs = {"groupDRO": 0.6, "IRM": 0.5999, "ERM": 0.7}
-    for name, accuracy in logs.items():
-        (tmp_path / name).write_text(
-            f"Summary: {{'Accuracy_testmean': {accuracy}, 'Accuracy_teststd': 0.01, 'AUC_testm"
-            "ean': 1.0}\n"
-        )
-    table = "; ".join(f"row {name} {tmp_path / name}" for name in logs)
-    printed = subprocess.run(
-        ["bash", "-c", f"{row}\n{table}"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert [line.split()[-1] for line in printed] == ["15", "10", "-"]
-    assert "60.00 % ±  1.00" in printed[0]
