@@ -232,7 +232,7 @@ def to_crossbar(
 def check(r_on: float, r_off: float, lrs_proportion: float, hrs_proportion: float) -> None:
     """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
     if memtorch is None:
-        raise UserError("MemTorch is not installed: run ./run.sh, or see 'The crossbar', README.md")
+        raise UserError("MemTorch is not installed: run ./run.sh, or see README.md")
     if r_on >= r_off:
         raise UserError(f"--r_on {r_on} is not below --r_off {r_off}")
     if lrs_proportion + hrs_proportion > 1:

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.adam import adam
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
@@ -62,9 +63,7 @@ def train(
 
     Raises UserError if the objective or a weight is no longer finite.
     """
-    optimizer = torch.optim.Adam(
-        network.parameters(), learning_rate, eps=epsilon, weight_decay=weight_decay, fused=True
-    )
+    optimizer = Adam(network, lr=learning_rate, eps=epsilon, weight_decay=weight_decay)
     average = AveragedModel(network)
     first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
     network.train()
@@ -73,7 +72,7 @@ def train(
         batch = next(batches)
         logits = network(batch.images)
         objective = loss(logits, batch)
-        optimizer.zero_grad()
+        network.zero_grad()
         objective.backward()
         if max_gradient_norm:
             clip_grad_norm_(network.parameters(), max_gradient_norm)
@@ -94,6 +93,25 @@ def train(
     if average_last:
         update_bn((batch.images for batch in training.chunks()), average.module)
     return average.module.eval()
+
+
+class Adam:
+    """torch.optim.Adam by its function, as the class imports a compiler: 0.7 s and 110 MiB.
+
+    Kingma & Ba 2015, weight decay as L2.
+    """
+
+    def __init__(self, network: nn.Module, lr: float, eps: float, weight_decay: float):
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.moments = [[torch.zeros_like(p) for p in self.parameters] for _ in range(2)]
+        self.steps = [p.new_zeros(()) for p in self.parameters]
+        self.settings = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "fused": True}
+        self.settings |= {"beta1": 0.9, "beta2": 0.999, "amsgrad": False, "maximize": False}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        adam(self.parameters, gradients, *self.moments, [], self.steps, **self.settings)
 
 
 DIVERGED = (

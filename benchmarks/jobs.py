@@ -158,16 +158,19 @@ def workers(jobs: int, scheduler: str | None, folder: Path) -> Iterator[Parallel
         raise UserError(f"--scheduler {scheduler}: {reason}") from None
 
 
-def experiment(arguments: list[str], drawing: dict | None = None) -> Iterator[tuple]:
+def experiment(
+    arguments: list[str], drawing: dict | None = None, only: int | None = None
+) -> Iterator[tuple]:
     """Yield (data, network, loss, training, validation) for each repetition, on the CPU.
 
     Args:
         arguments: as those of exp-mnist.py; the seed draws the data as well.
         drawing: more arguments of `preprocessing.draw_environments`.
+        only: the one repetition that is wanted.
     """
     args = parse_arguments("", ["--evaluation_steps", "1000000", *arguments])
     data = fresh_data(args, drawing)
-    for repetition in range(1, args.repetitions + 1):
+    for repetition in [only] if only else range(1, args.repetitions + 1):
         yield data, *train_repetition(args, data, repetition)
 
 

@@ -9,12 +9,13 @@ worst to the best pattern. Other flags are those of memristor.py, such as --netw
 """
 
 import argparse
+import itertools
 from statistics import fmean
 
 from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure
 
 import memristor
-from preprocessing import UserError, number, run_command
+from preprocessing import number, run_command
 from trainer import arguments_of, evaluate, parse_arguments, train
 
 CONDITIONS = {
@@ -97,8 +98,7 @@ def main() -> None:
     add("--figure", default=str(ROOT / "figures" / "crossbar.png"), help='"" draws none')
     add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
-    if memristor.memtorch is None:
-        raise UserError(memristor.NOT_INSTALLED)
+    memristor.check(r_on=1, r_off=2, lrs_proportion=0, hrs_proportion=0)
     table = [tuple(CONDITIONS[name].items()) for name in args.conditions]
     curves = [((option, value),) for option, values in CURVES.values() for value in values]
     jobs = []
@@ -114,28 +114,28 @@ def main() -> None:
     results = dict(run_jobs(accuracies, jobs, args.scheduler))
     print(f"| trainer | training | digital | {' | '.join(args.conditions)} |")
     print("| --- " * (3 + len(table)) + "|")
-    drawn, losses = {}, []
-    for trainer in args.trainers:
-        for hardened in (False, True):
-            of_all = [results[job] for job in jobs if job[0][1] == trainer and job[1] == hardened]
-            settings = next(job for job in jobs if job[0][1] == trainer)[-1]
-            cells = {}
-            for k, key in enumerate(["digital", *settings]):
-                cells[key] = [100 * accuracy for one in of_all for accuracy in one[k]]
-            row = [f"{fmean(cells[key])
-                      :.1f} ({min(cells[key]):.1f})" for key in ("digital", *table)]
-            print(f"| {trainer} | {'hardened' if hardened else 'plain'} | {' | '.join(row)} |")
-            if hardened:
-                for k, key in enumerate(settings):
-                    if key in table:
-                        of_key = [(one[0][0] - a, one[0][0]) for one in of_all for a in one[k + 1]]
-                        losses.append((100 * max(of_key)[0], trainer, args.conditions[table.index(key)]))
-            if trainer == args.trainers[0]:
-                drawn[hardened] = cells
-    lost, trainer, condition = max(losses)
-    print(f"\nA hardened network loses {lost:.1f} points at most ({trainer}, {condition}).")
+    curves_of, losses = {}, []
+    for trainer, hardened in itertools.product(args.trainers, (False, True)):
+        measured = {}  # setting → accuracy of each repetition and pattern, in %
+        for job in jobs:
+            if job[0][1] == trainer and job[1] == hardened:
+                (digital,), *others = results[job]
+                for setting, values in zip(
+                    ("digital", *job[-1]), ([digital], *others), strict=True
+                ):
+                    measured.setdefault(setting, []).extend(100 * value for value in values)
+                    if hardened and setting in table:
+                        name = args.conditions[table.index(setting)]
+                        losses.append((100 * (digital - min(values)), f"{trainer}, {name}"))
+        cells = [f"{fmean(measured[key]):.1f} ({min(measured[key]):.1f})" for key in table]
+        kind, digital = "hardened" if hardened else "plain", fmean(measured["digital"])
+        print(f"| {trainer} | {kind} | {digital:.1f} | {' | '.join(cells)} |")
+        if trainer == args.trainers[0]:
+            curves_of[hardened] = measured
+    lost, where = max(losses)
+    print(f"\nHardened, a pattern loses {lost:.1f} points at most of its digital result ({where}).")
     if args.figure:
-        draw(args.figure, args.trainers[0], drawn)
+        draw(args.figure, args.trainers[0], curves_of)
 
 
 if __name__ == "__main__":

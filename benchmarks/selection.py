@@ -6,16 +6,17 @@ A setting is one value for each of a trainer's knobs, in `SPACES`. Tried are, fi
 setting (all knobs as textbooks have them) and today's default; then, again and again, all settings
 that differ in one knob from the best one so far or from the one that would be chosen, until there
 are no new ones. Each is trained with several seeds, the same for all, and each seed is a draw of
-the data of its own. The best setting is that of the lowest mean criterion; chosen is the setting of
-the fewest knobs turned away from the plain one whose criterion is within one standard error (of the
-difference from the best, seed by seed) of the best. The accuracy in the test environment is printed
-beside all that, and nothing depends on it. Draws figures/selection.png.
+the data of its own; those within two standard errors of the best go on to more seeds, and the
+choice is between these. The best setting is that of the lowest mean criterion; chosen is the
+setting of the fewest knobs turned away from the plain one whose criterion is within one standard
+error (of the difference from the best, seed by seed) of the best. The accuracy in the test
+environment is printed beside all that, and nothing depends on it. Draws figures/selection.png.
 """
 
 import argparse
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import fmean, stdev
 from typing import NamedTuple
 from unittest import mock
@@ -75,8 +76,14 @@ CNN_KNOBS = {
     "shift": (0, 2),
     "drop_rate": (0.0, 0.3),
 }
-# Hardening has no plain setting in textbooks: round numbers stand for it.
-HARDENING_KNOBS = {"LIMIT": (1.0, 0.5, 0.7, 1.5, 2.0), "MOST": (0.2, 0.1, 0.3, 0.4)}
+# Attributes of StuckDevices. Textbooks have no plain setting: round numbers stand for it.
+HARDENING_KNOBS = {
+    "LIMIT": (1.0, 0.5, 0.7, 1.5),
+    "MOST_ON": (0.2, 0.1, 0.3),
+    "MOST_OFF": (0.0, 0.25, 0.5),
+}
+# Proportions of devices stuck at low and at high resistance that a hardened network is tried with.
+BROKEN = ((0.2, 0.0), (0.0, 0.5), (0.1, 0.1))
 ENTROPY = "cross entropy of σ(Φ + o_s)"
 DISAGREEMENT = "disagreement with the plain network"
 SPACES = {
@@ -114,8 +121,7 @@ def harden_and_measure(
     """Train and harden a network by each of three trainers, and break it on crossbars.
 
     Returns the proportion of digits held out, in both colours, on which it decides otherwise than
-    the network that was not hardened, and its test accuracy: means over trainers and crossbars with
-    a tenth and a fifth of the devices stuck at low resistance.
+    the network that was not hardened, and its test accuracy: means over trainers and over `BROKEN`.
     """
     criteria, accuracies = [], []
     for trainer in ("groupDRO", "IRM", "Backdoor"):
@@ -126,9 +132,10 @@ def harden_and_measure(
             hardened = harden(plain, training, **options)
         digits = concatenate([held_out, held_out.recolored()])
         decisions = predict(plain, digits) > 0
-        for proportion in (0.1, 0.2):
-            images = next(training.chunks()).images
-            crossbar = to_crossbar(hardened, images, lrs_proportion=proportion, fault_seed=seed)
+        images = next(training.chunks()).images
+        for on, off in BROKEN:
+            broken = {"lrs_proportion": on, "hrs_proportion": off, "fault_seed": seed}
+            crossbar = to_crossbar(hardened, images, **broken)
             others = (predict(crossbar, digits) > 0) != decisions
             criteria.append(others.double().mean().item())
             accuracies.append(evaluate(crossbar, data.test)["Accuracy"])
@@ -138,33 +145,42 @@ def harden_and_measure(
 class Search:
     """The settings tried for one trainer, and what they gave."""
 
-    def __init__(self, name: str, seeds: int):
-        self.name, self.space, self.seeds = name, SPACES[name], range(seeds)
-        self.results = {}  # setting → (criterion, test accuracy) of each seed
+    def __init__(self, name: str, scheduler: str | None):
+        self.name, self.space, self.scheduler = name, SPACES[name], scheduler
+        self.results = {}  # setting → seed → (criterion, test accuracy)
 
-    def run(self, scheduler: str | None) -> None:
+    def run(self, seeds: int, final_seeds: int) -> None:
         space = self.space
         wanted = {space.plain, space.default}
         while wanted:
-            jobs = {}
-            for setting, seed in itertools.product(sorted(wanted), self.seeds):
-                knobs = tuple(zip(space.knobs, setting, strict=True))
-                jobs[space.arguments, knobs, space.criterion, seed] = setting
-            function = harden_and_measure if self.name == "hardening" else train_and_measure
-            for job, result in run_jobs(function, list(jobs), scheduler):
-                self.results.setdefault(jobs[job], {})[job[-1]] = result
+            self.train(wanted, range(seeds))
             wanted = {*space.neighbours(self.best), *space.neighbours(self.chosen)}
             wanted -= self.results.keys()
+        self.train(self.near(2), range(seeds, final_seeds))
+
+    def train(self, settings: Iterable[Setting], seeds: range) -> None:
+        jobs = {}
+        for setting, seed in itertools.product(sorted(settings), seeds):
+            knobs = tuple(zip(self.space.knobs, setting, strict=True))
+            jobs[self.space.arguments, knobs, self.space.criterion, seed] = setting
+        function = harden_and_measure if self.name == "hardening" else train_and_measure
+        for job, result in run_jobs(function, list(jobs), self.scheduler):
+            self.results.setdefault(jobs[job], {})[job[-1]] = result
 
     def criteria(self, setting: Setting) -> list[float]:
-        return [self.results[setting][seed][0] for seed in self.seeds]
+        return [self.results[setting][seed][0] for seed in sorted(self.results[setting])]
 
     def accuracies(self, setting: Setting) -> list[float]:
-        return [100 * self.results[setting][seed][1] for seed in self.seeds]
+        return [100 * accuracy for _, accuracy in self.results[setting].values()]
 
     @property
     def ranking(self) -> list[Setting]:
-        return sorted(self.results, key=lambda setting: fmean(self.criteria(setting)))
+        """By the mean criterion; those trained with more seeds come first."""
+
+        def rank(setting: Setting) -> tuple[int, float]:
+            return -len(self.results[setting]), fmean(self.criteria(setting))
+
+        return sorted(self.results, key=rank)
 
     @property
     def best(self) -> Setting:
@@ -172,14 +188,19 @@ class Search:
 
     def behind(self, setting: Setting) -> tuple[float, float]:
         """How much higher the criterion is than the best one's, and the standard error of that."""
-        pairs = zip(self.criteria(setting), self.criteria(self.best), strict=True)
+        pairs = zip(self.criteria(setting), self.criteria(self.best), strict=False)
         return mean_and_error([criterion - best for criterion, best in pairs])
+
+    def near(self, errors: float) -> list[Setting]:
+        """The settings of most seeds within so many standard errors of the best, by rank."""
+        most = len(self.results[self.best])
+        finalists = [s for s in self.ranking if len(self.results[s]) == most]
+        return [s for s in finalists if self.behind(s)[0] <= errors * self.behind(s)[1]]
 
     @property
     def chosen(self) -> Setting:
-        """The first in the ranking of the plainest settings within one standard error."""
-        near = [s for s in self.ranking if self.behind(s)[0] <= self.behind(s)[1]]
-        return min(near, key=lambda setting: len(self.space.turned(setting)))
+        """The first by rank of the plainest settings within one standard error of the best."""
+        return min(self.near(1), key=lambda setting: len(self.space.turned(setting)))
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -189,18 +210,21 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 def print_table(search: Search) -> None:
     space, ranking = search.space, search.ranking
-    print(f"\n### {search.name}: {len(ranking)} settings, {len(search.seeds)} seeds\n")
-    print(f"| | setting | held-out {space.criterion} | behind the best | test accuracy, % |")
-    print("| --- | --- | --- | --- | --- |")
+    print(f"\n### {search.name}: {len(ranking)} settings\n")
+    print(
+        f"| | setting | seeds | held-out {space.criterion} | behind the best | test accuracy, % |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
     for rank, setting in enumerate(ranking, 1):
         names = {search.chosen: "**chosen**", space.default: "today's default"}
         marks = [mark for marked, mark in names.items() if marked == setting]
         text = ", ".join(space.turned(setting)) or "plain"
         text += f" ({', '.join(marks)})" if marks else ""
+        seeds = len(search.results[setting])
         criterion = "{:.4f} ± {:.4f}".format(*mean_and_error(search.criteria(setting)))
         behind = "{:.4f} ± {:.4f}".format(*search.behind(setting))
         accuracy = "{:.2f} ± {:.2f}".format(*mean_and_error(search.accuracies(setting)))
-        print(f"| {rank} | {text} | {criterion} | {behind} | {accuracy} |", flush=True)
+        print(f"| {rank} | {text} | {seeds} | {criterion} | {behind} | {accuracy} |", flush=True)
 
 
 def draw(searches: list[Search], path: str) -> None:
@@ -235,12 +259,14 @@ def main() -> None:
     choices = {"choices": SPACES, "default": list(SPACES)}
     parser.add_argument("--trainers", nargs="+", **choices, help="whose settings to choose")
     parser.add_argument("--seeds", type=number(int, 2), default=5, help="trainings of each setting")
+    finals = "trainings of each setting within two standard errors of the best"
+    parser.add_argument("--final_seeds", type=number(int, 2), default=20, help=finals)
     add_scheduler_flag(parser)
     parser.add_argument("--figure", default=str(ROOT / "figures" / "selection.png"))
     args = parser.parse_args()
-    searches = [Search(name, args.seeds) for name in args.trainers]
+    searches = [Search(name, args.scheduler) for name in args.trainers]
     for search in searches:
-        search.run(args.scheduler)
+        search.run(args.seeds, args.final_seeds)
         print_table(search)
     draw(searches, args.figure)
 

@@ -91,24 +91,23 @@ def draw(rows: list[dict], path: Path) -> None:
     most = max(61, *(max(values.values()) for values in everything.values()))
     bins = [int(least) + 0.25 * step for step in range(4 * (int(most) + 1 - int(least)) + 1)]
     for axis, (environment, title) in zip(axes, ENVIRONMENTS.items(), strict=True):
-        for height, (trainer, color) in zip((0.55, 0.4), GRADED.items(), strict=True):
+        for height, (trainer, color) in zip((0.55, 0.3), GRADED.items(), strict=True):
             values = everything[trainer, environment]
-            axis.hist(list(values.values()), bins, color=color, alpha=0.6, label=trainer)
+            axis.hist(list(values.values()), bins, color=color, alpha=0.6)
             worst = min(values, key=values.get)
             axis.annotate(
-                f"worst: number {worst:04d}, {values[worst]:.1f} %",
+                f"{trainer}, worst number:\n{worst:04d}, {values[worst]:.1f} %",
                 (values[worst], 0),
-                (0.03, height),
-                textcoords="axes fraction",
+                (60.2, height),
+                textcoords=axis.get_xaxis_transform(),
                 color=color,
-                arrowprops={"arrowstyle": "->", "color": color},
+                arrowprops={"arrowstyle": "->", "color": color, "relpos": (1, 0.5)},
             )
         axis.axvline(60, color="black", linestyle="--")
-        axis.text(0.03, 0.9, "-- 60 %: 15 points", transform=axis.transAxes)
+        axis.text(60.2, 0.9, "60 %: full marks", transform=axis.get_xaxis_transform())
         axis.set_title(title)
         axis.set_xlabel("accuracy, mean of the repetitions, %")
     axes[0].set_ylabel("student numbers")
-    axes[0].legend(loc="upper center")
     save_figure(figure, path)
 
 
