@@ -59,9 +59,6 @@ class MLP(Network):
         bias: give the layers biases (MLP)
         batchnorm: normalise hidden layers over the minibatch (MLP)
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
-        init_scale: factor of the first layer's initial weights (MLP). What training leaves of them
-            is noise, and there is less of it where they start small; but IRM and groupDRO then fail
-            for some seeds.
     """
 
     def __init__(
@@ -71,7 +68,6 @@ class MLP(Network):
         bias: bool = False,
         batchnorm: bool = False,
         drop_rate: DropRate = 0.0,
-        init_scale: Positive = 1.0,
     ):
         layers, inputs = [], channels * 784
         for width in hidden_dim:
@@ -81,7 +77,6 @@ class MLP(Network):
             layers += [nn.Dropout(drop_rate)] if drop_rate else []
             inputs = width
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
-        self.phi[0].weight.data.mul_(init_scale)
 
 
 class CNN(Network):
@@ -149,8 +144,6 @@ class GroupDRO(Loss):
         eta: step size η of groupDRO's weights q
     """
 
-    defaults = {"shift": 1}
-
     def __init__(self, eta: Amount = 0.05):
         self.eta = eta
         self.log_q = torch.zeros(self.environments)  # exp(η R_e) can overflow, its logarithm can't
@@ -174,27 +167,16 @@ class IRM(Loss):
 
     Args:
         reg_lambda: weight λ of IRM's penalty
-        penalty: IRM's estimate of G_e². "plain" squares the minibatch's G_e, as equation 4 says;
-            its expectation is too large by the variance of G_e. "unbiased" is the mean product of
-            two different samples' (σ(Φ) - y) Φ, as Arjovsky et al. (section 3.2) multiply the
-            means of two minibatches
     """
 
-    defaults = {"average_last": 0.5, "max_gradient_norm": 1.0, "epsilon": 1e-4}
+    defaults = {"average_last": 0.5, "max_gradient_norm": 1.0, "shift": 0}
 
-    def __init__(
-        self, reg_lambda: Amount = 50.0, penalty: Literal["unbiased", "plain"] = "unbiased"
-    ):
-        self.reg_lambda, self.penalty = reg_lambda, penalty
+    def __init__(self, reg_lambda: Amount = 50.0):
+        self.reg_lambda = reg_lambda
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        slopes = (torch.sigmoid(logits) - batch.labels) * logits
-        penalties = self.means(slopes, batch).square()
-        if self.penalty == "unbiased":
-            n = F.one_hot(batch.envs, self.environments).sum(0)
-            of_same = self.means(slopes.square(), batch)  # pairs of a sample and itself
-            penalties = (n * penalties - of_same) / (n - 1).clamp(min=1)
-        return self.risks(logits, batch).mean() + self.reg_lambda * penalties.mean()
+        slopes = self.means((torch.sigmoid(logits) - batch.labels) * logits, batch)
+        return self.risks(logits, batch).mean() + self.reg_lambda * slopes.square().mean()
 
 
 class Backdoor(Loss):
@@ -211,8 +193,6 @@ class Backdoor(Loss):
             P(x | y, s) P(s) (causal bootstrapping, Little & Badawy 2019), whose classifier σ(Φ) is
             the posterior for balanced labels
     """
-
-    defaults = {"init_scale": 0.3, "shift": 1}
 
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         self.adjustment = adjustment

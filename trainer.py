@@ -34,11 +34,10 @@ def train(
     iteration: Count = 400,
     batch_size: Count = 1024,
     learning_rate: Positive = 1e-3,
-    epsilon: Positive = 1e-8,
     weight_decay: Amount = 0.0,
     max_gradient_norm: Amount = 0.1,
     average_last: Proportion = 0.25,
-    shift: Annotated[int, number(int, 0, 13)] = 0,
+    shift: Annotated[int, number(int, 0, 13)] = 1,
     evaluation_steps: Count = 100,
 ) -> Network:
     """Minimise the loss with Adam; returns the trained network, in evaluation mode.
@@ -51,7 +50,6 @@ def train(
         iteration: minibatches per training
         batch_size: images per minibatch
         learning_rate: step size of Adam
-        epsilon: Adam adds it to the root of the second moment
         weight_decay: L2 coefficient of Adam
         max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013); 0: none
             are. IRM's first gradients are tens of times as long as its later ones, and Adam's
@@ -63,7 +61,7 @@ def train(
 
     Raises UserError if the objective or a weight is no longer finite.
     """
-    optimizer = Adam(network, lr=learning_rate, eps=epsilon, weight_decay=weight_decay)
+    optimizer = Adam(network, learning_rate, weight_decay)
     average = AveragedModel(network)
     first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
     network.train()
@@ -101,17 +99,17 @@ class Adam:
     Kingma & Ba 2015, weight decay as L2.
     """
 
-    def __init__(self, network: nn.Module, lr: float, eps: float, weight_decay: float):
+    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float):
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.moments = [[torch.zeros_like(p) for p in self.parameters] for _ in range(2)]
         self.steps = [p.new_zeros(()) for p in self.parameters]
-        self.settings = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "fused": True}
-        self.settings |= {"beta1": 0.9, "beta2": 0.999, "amsgrad": False, "maximize": False}
+        self.settings = {"lr": learning_rate, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+        self.settings |= {"weight_decay": weight_decay, "amsgrad": False, "maximize": False}
 
     @torch.no_grad()
     def step(self) -> None:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        adam(self.parameters, gradients, *self.moments, [], self.steps, **self.settings)
+        adam(self.parameters, gradients, *self.moments, [], self.steps, fused=True, **self.settings)
 
 
 DIVERGED = (

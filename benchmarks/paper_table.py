@@ -95,7 +95,7 @@ def paper_accuracy(
             nn.Linear(hidden_dim, 1),
         )
     )
-    loss = IRM(1.0, penalty="plain") if loss == "IRM" else ERM()
+    loss = IRM(1.0) if loss == "IRM" else ERM()
     optimizer = torch.optim.Adam(network.parameters(), learning_rate, weight_decay=weight_decay)
     divisor = 1.0
     for step in range(steps):

@@ -2,10 +2,10 @@
 
 python benchmarks/selection.py --trainers ERM groupDRO IRM Backdoor --seeds 5
 
-A setting is one value for each of a trainer's knobs, in `SPACES`. Tried are, first, the plain
-setting (all knobs as textbooks have them) and today's default; then, again and again, all settings
-that differ in one knob from the best one so far or from the one that would be chosen, until there
-are no new ones. Each is trained with several seeds, the same for all, and each seed is a draw of
+A setting is one value for each of a trainer's knobs, in `SPACES`. Tried are the plain setting
+(all knobs as textbooks have them), then, again and again, all settings that differ in one knob from
+the best one so far or from the one that would be chosen, until there are no new ones; and the
+default. Each is trained with several seeds, the same for all, and each seed is a draw of
 the data of its own; those within two standard errors of the best go on to more seeds, and the
 choice is between these. The best setting is that of the lowest mean criterion; chosen is the
 setting of the fewest knobs turned away from the plain one whose criterion is within one standard
@@ -46,7 +46,7 @@ class Space(NamedTuple):
 
     @property
     def default(self) -> Setting:
-        """Today's default."""
+        """What the command line does."""
         defaults = vars(StuckDevices) | vars(parse_arguments("", list(self.arguments)))
         return tuple(defaults[knob] for knob in self.knobs)
 
@@ -150,12 +150,12 @@ class Search:
         self.results = {}  # setting → seed → (criterion, test accuracy)
 
     def run(self, seeds: int, final_seeds: int) -> None:
-        space = self.space
-        wanted = {space.plain, space.default}
+        space, wanted = self.space, {self.space.plain}
         while wanted:
             self.train(wanted, range(seeds))
             wanted = {*space.neighbours(self.best), *space.neighbours(self.chosen)}
             wanted -= self.results.keys()
+        self.train({space.default} - self.results.keys(), range(seeds))
         self.train(self.near(2), range(seeds, final_seeds))
 
     def train(self, settings: Iterable[Setting], seeds: range) -> None:
@@ -171,7 +171,7 @@ class Search:
         return [self.results[setting][seed][0] for seed in sorted(self.results[setting])]
 
     def accuracies(self, setting: Setting) -> list[float]:
-        return [100 * accuracy for _, accuracy in self.results[setting].values()]
+        return [100 * self.results[setting][seed][1] for seed in sorted(self.results[setting])]
 
     @property
     def ranking(self) -> list[Setting]:
@@ -216,8 +216,8 @@ def print_table(search: Search) -> None:
     )
     print("| --- | --- | --- | --- | --- | --- |")
     for rank, setting in enumerate(ranking, 1):
-        names = {search.chosen: "**chosen**", space.default: "today's default"}
-        marks = [mark for marked, mark in names.items() if marked == setting]
+        marks = ["**chosen**"] * (setting == search.chosen)
+        marks += ["the default"] * (setting == space.default)
         text = ", ".join(space.turned(setting)) or "plain"
         text += f" ({', '.join(marks)})" if marks else ""
         seeds = len(search.results[setting])
@@ -228,21 +228,26 @@ def print_table(search: Search) -> None:
 
 
 def draw(searches: list[Search], path: str) -> None:
-    """Criterion against test accuracy, a panel a trainer, a point a setting."""
+    """Criterion against test accuracy, a panel a trainer, a point a setting.
+
+    Both are means over the seeds that all settings have, as draws of the data differ.
+    """
     columns = min(3, len(searches))
     rows = math.ceil(len(searches) / columns)
     figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, search in zip(panels, searches, strict=False):
         space = search.space
+        shared = slice(min(len(seeds) for seeds in search.results.values()))
         for settings, style in (
             (search.ranking, {"color": "tab:gray", "s": 12, "label": "settings tried"}),
             ([space.plain], {"color": "tab:blue", "marker": "s", "label": "plain"}),
-            ([space.default], {"color": "tab:orange", "marker": "D", "label": "today's default"}),
+            ([space.default], {"color": "tab:orange", "marker": "D", "label": "the default"}),
             ([search.chosen], {"color": "tab:red", "marker": "*", "s": 120, "label": "chosen"}),
         ):
-            criteria = [fmean(search.criteria(setting)) for setting in settings]
-            axes.scatter(criteria, [fmean(search.accuracies(s)) for s in settings], **style)
+            criteria = [fmean(search.criteria(setting)[shared]) for setting in settings]
+            accuracies = [fmean(search.accuracies(setting)[shared]) for setting in settings]
+            axes.scatter(criteria, accuracies, **style)
         axes.set_title(search.name, fontsize=10)
         axes.set_xlabel(f"held-out {space.criterion}", fontsize=9)
         axes.grid(alpha=0.3)

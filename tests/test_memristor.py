@@ -238,7 +238,7 @@ def test_imitation_takes_decisions_for_labels(splits):
 def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     """A short training; README.md has the measurements of the whole one."""
     torch.manual_seed(0)
-    network = train(MLP(init_scale=0.3), Backdoor(), splits[0], None, iteration=300)
+    network = train(MLP(), Backdoor(), splits[0], None, iteration=300)
     weights = copy.deepcopy(network.state_dict())
     hardened = harden(network, splits[0], iteration=200)
     assert all(torch.equal(weights[name], value) for name, value in network.state_dict().items())

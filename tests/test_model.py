@@ -12,7 +12,7 @@ from dataset import Batch
 from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO, Loss
 from trainer import parse_arguments
 
-ALL = (ERM, GroupDRO, IRM, lambda: IRM(penalty="plain"), Backdoor, lambda: Backdoor("weights"))
+ALL = (ERM, GroupDRO, IRM, Backdoor, lambda: Backdoor("weights"))
 
 
 def random_batch(seed, size=96, environments=2):
@@ -39,7 +39,7 @@ def test_erm_is_the_mean_over_environments():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_plain_irm_is_the_gradient_through_the_output_layer(seed):
+def test_irm_is_the_gradient_through_the_output_layer(seed):
     """Equation 4, the derivative taken by autograd at the network's own frozen w."""
     torch.manual_seed(seed)
     batch, network = random_batch(seed), MLP()
@@ -48,7 +48,7 @@ def test_plain_irm_is_the_gradient_through_the_output_layer(seed):
     risks = environment_risks(network(batch.images), batch)
     slopes = [torch.autograd.grad(r, network.output_layer, create_graph=True)[0] for r in risks]
     expected = sum(risks) / 2 + 50 * sum(slope**2 for slope in slopes) / 2
-    objective = IRM(reg_lambda=50.0, penalty="plain")(network(batch.images), batch)
+    objective = IRM()(network(batch.images), batch)
     assert torch.allclose(objective, expected, rtol=1e-4)
     for ours, theirs in zip(
         torch.autograd.grad(objective, weights, retain_graph=True),
@@ -56,20 +56,6 @@ def test_plain_irm_is_the_gradient_through_the_output_layer(seed):
         strict=True,
     ):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-5)
-
-
-def test_unbiased_penalty_is_the_mean_over_pairs_of_samples():
-    batch, logits = random_batch(1, size=12), torch.randn(12)
-    gradients = (torch.sigmoid(logits) - batch.labels) * logits
-    penalty = 0
-    for e in (0, 1):
-        g = gradients[batch.envs == e]
-        pairs = [g[i] * g[j] for i in range(len(g)) for j in range(len(g)) if i != j]
-        penalty += sum(pairs) / len(pairs) / 2
-    unpenalised = ERM()(logits, batch)
-    assert torch.allclose(
-        IRM(50.0, "unbiased")(logits, batch), unpenalised + 50 * penalty, atol=1e-5
-    )
 
 
 def test_group_dro_follows_algorithm_1():
@@ -243,10 +229,6 @@ def test_initial_weights():
     bound = math.sqrt(6 / (1568 + 64))
     assert 0.99 * bound < whole.phi[0].weight.abs().max() <= bound
     assert not whole.phi[0].bias.any()
-    torch.manual_seed(0)
-    small = MLP(bias=True, init_scale=0.3)
-    assert torch.allclose(small.phi[0].weight, 0.3 * whole.phi[0].weight)
-    assert torch.equal(small.phi[2].weight, whole.phi[2].weight)
 
 
 @pytest.mark.parametrize("channels", [1, 2])
