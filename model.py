@@ -169,7 +169,7 @@ class IRM(Loss):
         reg_lambda: weight λ of IRM's penalty
     """
 
-    defaults = {"average_last": 0.5, "max_gradient_norm": 1.0, "shift": 0}
+    defaults = {"max_gradient_norm": 1.0, "shift": 0}
 
     def __init__(self, reg_lambda: Amount = 50.0):
         self.reg_lambda = reg_lambda

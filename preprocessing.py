@@ -8,8 +8,6 @@ import math
 import os
 import shutil
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from pathlib import Path
@@ -50,12 +48,9 @@ def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
                 remove(partial)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         full = "inline_container" in str(error)
-        reason = "torch could not; the disk may be full" if full else first_line(error)
-        raise UserError(f"cannot write {path}: {reason}") from None
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+        raise UserError(
+            f"cannot write {path}: {'the disk may be full' if full else error}"
+        ) from None
 
 
 def remove(path: Path) -> None:
@@ -67,35 +62,29 @@ def load_mnist(dataset_path: Path, part: str = "train") -> tuple[Tensor, Tensor]
     """MNIST's "train" or "test" part: images (N, 28, 28) uint8 and digits (N,) uint8.
 
     Read from `mnist.npz` in `dataset_path` or else the one that comes with the project; where there
-    is none, torchvision downloads MNIST to `dataset_path`.
+    is none, torchvision downloads MNIST to `dataset_path`. UserError if none of that works.
     """
-    count = {"train": 60000, "test": 10000}[part]
     path = dataset_path / "mnist.npz"
     path = path if path.exists() else BUNDLED_MNIST
-    if not path.exists():
-        return download_mnist(dataset_path, part)
     try:
-        with np.load(path) as archive:
-            images, digits = archive[f"x_{part}"], archive[f"y_{part}"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is damaged ({error}): replace or delete it") from None
-    if images.shape != (count, 28, 28) or digits.shape != (count,) or images.dtype != np.uint8:
-        raise UserError(f"{path} does not hold the {count} images of MNIST's {part} part")
-    return torch.from_numpy(images), torch.from_numpy(digits.astype(np.uint8))
+        if path.exists():
+            with np.load(path) as archive:
+                images, digits = (torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
+        else:
+            from torchvision.datasets import MNIST  # seconds to import, so only where it is needed
 
-
-def download_mnist(dataset_path: Path, part: str) -> tuple[Tensor, Tensor]:
-    """What `load_mnist` returns, by torchvision, which checks and keeps what it downloads."""
-    from torchvision.datasets import MNIST  # seconds to import, so only where it is needed
-
-    try:
-        with redirect_stdout(sys.stderr):
-            mnist = MNIST(dataset_path, train=part == "train", download=True)
-    except (RuntimeError, OSError, ValueError, EOFError) as error:
-        reason, folder = first_line(error), dataset_path / "ColoredMNIST"
+            with redirect_stdout(sys.stderr):
+                mnist = MNIST(dataset_path, train=part == "train", download=True)
+            images, digits = mnist.data, mnist.targets
+        count = {"train": 60000, "test": 10000}[part]
+        if images.shape != (count, 28, 28) or images.dtype != torch.uint8 or len(digits) != count:
+            raise ValueError(f"not MNIST's {part} part")
+    except Exception as error:  # of a damaged file, or of the network
+        source = f"{path} is damaged" if path.exists() else "MNIST could not be downloaded"
+        reason, folder = str(error).strip().split("\n")[0], dataset_path / "ColoredMNIST"
         remedy = f"put mnist.npz into {dataset_path}, or train1.pt, train2.pt and test.pt into"
-        raise UserError(f"MNIST could not be downloaded ({reason}): {remedy} {folder}") from None
-    return mnist.data, mnist.targets.to(torch.uint8)
+        raise UserError(f"{source} ({reason}): {remedy} {folder}") from None
+    return images, digits.to(torch.uint8)
 
 
 def color_digits(

@@ -9,11 +9,13 @@ each seed, on that seed's own draw of the data. More flags are passed on to exp-
 """
 
 import argparse
+import time
 from statistics import fmean, pstdev
 
 from jobs import add_scheduler_flag, experiment, run_jobs, unseen_digits
 
 from metric import metrics
+from model import Backdoor
 from preprocessing import number, run_command
 from trainer import evaluate, parse_arguments, predict
 
@@ -30,13 +32,17 @@ ROWS = (
 
 
 def measure(*arguments: str) -> list[dict[str, float]]:
-    """Each repetition's scores in the test environment, flip rate and accuracy on unseen digits."""
+    """Each repetition's scores in the test environment and on unseen digits, and its seconds."""
     unseen, results = unseen_digits("--grayscale" in arguments), []
-    for data, network, *_ in experiment(list(arguments)):
+    start = time.perf_counter()
+    for data, network, loss, *_ in experiment(list(arguments)):
         logits, recolored = predict(network, data.test), predict(network, data.test.recolored())
         flips = ((logits > 0) != (recolored > 0)).double().mean().item()
-        others = {"flips": flips, "unseen": evaluate(network, unseen)["Accuracy"]}
-        results.append(metrics(logits, data.test.labels) | others)
+        result = {"flips": flips, "unseen": evaluate(network, unseen)["Accuracy"]}
+        if isinstance(loss, Backdoor):  # where the sum of the formula decides otherwise than Φ
+            result["other"] = ((loss.probability(logits) > 0.5) != (logits > 0)).sum().item()
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        results.append(metrics(logits, data.test.labels) | result | {"seconds": seconds})
     return results
 
 
@@ -59,8 +65,8 @@ def main() -> None:
     for job, row in jobs.items():
         rows[row] += results[job]
 
-    print("| trainer | test accuracy, % | unseen digits, % | AUC | macro F1 | flip rate |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| trainer | test, % | unseen digits, % | AUC | macro F1 | flip rate | seconds |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for row, repetitions in rows.items():
         cells = []
         for name in ("Accuracy", "unseen"):
@@ -68,8 +74,13 @@ def main() -> None:
             cells.append(f"{fmean(values):.1f} ± {pstdev(values):.1f}")
         for name in ("AUC", "F1_macro", "flips"):
             cells.append(f"{fmean(repetition[name] for repetition in repetitions):.3f}")
+        cells.append(f"{sum(repetition['seconds'] for repetition in repetitions):.0f}")
         trainer, _, flags = row.removeprefix("--trainer ").partition(" ")
         print(f"| {trainer}{f', `{flags}`' if flags else ''} | {' | '.join(cells)} |")
+    print("\nWhere P(y = 1 | do(x)) > 1/2 decides otherwise than Φ > 0, of each 20,000:")
+    for row, repetitions in rows.items():
+        if "other" in repetitions[0]:
+            print(f"- {row}: {[repetition['other'] for repetition in repetitions]}")
 
 
 if __name__ == "__main__":

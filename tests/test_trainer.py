@@ -550,7 +550,7 @@ def test_help_explains_every_flag(in_process):
     for block in blocks:
         explanation = re.split(r"\s{2,}", block.split("\n\n")[0], maxsplit=1)[1]
         assert len(re.sub(r"\(default: .*?\)", "", explanation).split()) > 2, block
-    for name in ("IRM: 'average_last': 0.5", "CNN: 'batch_size': 384"):
+    for name in ("IRM: 'max_gradient_norm': 1.0", "CNN: 'batch_size': 384"):
         assert name in " ".join(epilog.split())
 
 
