@@ -87,7 +87,7 @@ class CNN(Network):
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
     """
 
-    defaults = {"batch_size": 384, "iteration": 1300, "average_last": 0.75, "shift": 2}
+    defaults = {"batch_size": 384, "iteration": 1300, "shift": 2}
 
     def __init__(self, channels: int = 2, drop_rate: DropRate = 0.3):
         layers = [nn.Unflatten(1, (channels, 28, 28))]
