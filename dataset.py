@@ -1,5 +1,6 @@
 """Files of ColoredMNIST → digits on the device, and minibatches of them."""
 
+import itertools
 import json
 import warnings
 import zipfile
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from preprocessing import ENVIRONMENTS, UserError, draw_environments
+from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
 
 # Of the value / 255, in the red and the green channel; blue is 0 throughout.
 MEAN, STD = 0.1307, 0.3081
@@ -71,13 +72,9 @@ class Digits:
         below `size` is dropped. Each minibatch is moved, by up to `shift` pixels up or down and as
         many to the left or right.
         """
-        size = min(size, len(self))
-
-        def indices() -> Iterator[Tensor]:
-            while True:
-                yield from torch.randperm(len(self))[: len(self) // size * size].split(size)
-
-        return self.batches(indices(), shift)
+        size, count = min(size, len(self)), len(self)
+        passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())
+        return self.batches((index for order in passes for index in order.split(size)), shift)
 
     def batches(self, indices: Iterable[Tensor], shift: int = 0) -> Iterator[Batch]:
         """The digits at each of `indices` (N,). Each batch overwrites the images of the last one.
@@ -111,10 +108,8 @@ class Dataset(NamedTuple):
 
     def to(self, device: torch.device, grayscale: bool = False) -> "Dataset":
         """The same on a device, and without colour if `grayscale`."""
-        parts = [digits and digits.to(device) for digits in self[:3]]
-        if grayscale:
-            parts = [digits and digits.grayscale() for digits in parts]
-        return Dataset(*parts, self.description)
+        parts = (part and (part.grayscale() if grayscale else part) for part in self[:3])
+        return Dataset(*(part and part.to(device) for part in parts), self.description)
 
     def hold_out(self, proportion: float) -> tuple[Digits, Digits | None]:
         """Digits to train on and digits for validation: drawn at random, unless the files say."""
@@ -195,12 +190,6 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         ) from None
 
 
-def refuse(condition: object, reason: str) -> None:
-    """Raise UserError with the reason if the condition holds."""
-    if condition:
-        raise UserError(reason)
-
-
 IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
 
 
@@ -208,7 +197,7 @@ def denormalized(images: Tensor) -> Tensor:
     """Normalised floats (N, 2352) → the grey levels that they were, (N, 3, 28, 28) uint8."""
     refuse(not images.is_floating_point() or images.shape[1:] != (2352,), IMAGES)
     levels = (images * STD + MEAN) * 255
-    levels[:, 1568:] = images[:, 1568:]  # blue is not normalised
+    levels[:, 1568:] = images[:, 1568:]  # blue's mean is 0
     grey = levels.round().nan_to_num(-1)
     exact = (levels - grey).abs().max() <= 0.05 and grey.min() >= 0 and grey.max() <= 255
     refuse(not exact, "its images are not normalised as the assignment says")
@@ -243,17 +232,17 @@ class PickledType:
     """Stands for numpy.dtype: keeps its name, such as "i8"."""
 
     def __init__(self, name: str, *_):
-        self.name = name
+        self.kind = name[0]
 
     def __setstate__(self, state: tuple) -> None:
         refuse(state[1] == ">", "its numbers are big-endian")
 
 
-def pickled_number(kind: PickledType, data: bytes) -> int | bool:
+def pickled_number(dtype: PickledType, data: bytes) -> int | bool:
     """Stands for NumPy's constructor of scalars: integers and booleans as Python's own."""
-    refuse(kind.name[0] not in "iub", "it has numbers that are neither integers nor booleans")
-    value = int.from_bytes(data, "little", signed=kind.name[0] == "i")
-    return bool(value) if kind.name[0] == "b" else value
+    refuse(dtype.kind not in "iub", "it has numbers that are neither integers nor booleans")
+    value = int.from_bytes(data, "little", signed=dtype.kind == "i")
+    return bool(value) if dtype.kind == "b" else value
 
 
 STAND_INS = [(PickledImage, "PIL.Image.Image"), (PickledType, "numpy.dtype")]
@@ -276,8 +265,8 @@ class ColoredMNIST(torch.utils.data.Dataset):
         self,
         root: str | Path = "./data",
         env: str = "train1",
-        transform: Callable = lambda image: image,
-        target_transform: Callable = lambda target: target,
+        transform: Callable | None = None,
+        target_transform: Callable | None = None,
     ):
         if env not in (*ENVIRONMENTS, "all_train"):
             raise ValueError(f"env {env!r} is none of train1, train2, test, all_train")
@@ -292,7 +281,8 @@ class ColoredMNIST(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple:
         from PIL import Image
 
-        target, color = int(self.digits.labels[index]), int(self.digits.colors[index])
-        rgb = torch.zeros(28, 28, 3, dtype=torch.uint8)
-        rgb[..., :2] = self.digits.images[index].movedim(0, 2)
-        return self.transform(Image.fromarray(rgb.numpy())), self.target_transform(target), color
+        image, label, color, _ = (tensor[index] for tensor in self.digits)
+        rgb = torch.nn.functional.pad(image.movedim(0, 2), (0, 1))
+        image, target = Image.fromarray(rgb.numpy()), int(label)
+        image = self.transform(image) if self.transform else image
+        return image, self.target_transform(target) if self.target_transform else target, int(color)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import update_bn
 
 import trainer
 from dataset import Batch, Digits, concatenate
 from metric import summarize
 from model import ERM, Network, Positive
-from preprocessing import UserError, number, run_command
+from preprocessing import number, refuse, run_command
 from trainer import Proportion
 
 try:
@@ -69,35 +70,8 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
     largest = currents.abs().amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(largest + 1e-12)
     step = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int() + 1 - bits)
-    # A row of equal currents (all zero, as a rule) goes through MemTorch's ADC as it is.
-    step = torch.where(largest == 0, 1.0, step)
     bound = 2 ** (bits - 1)
     return currents.div_(step).add_(0.5).floor_().clamp_(-bound, bound - 1).mul_(step)
-
-
-def tile_currents(
-    voltages: Tensor, tiles: Tensor, tiles_map: Tensor, columns: int, bits: int | None
-) -> Tensor:
-    """Currents out of tiles of devices, each tile read by an ADC of its own, added up.
-
-    Args:
-        voltages: (N, rows).
-        tiles: (tiles, tile rows, tile columns), differences of conductances of the two columns.
-        tiles_map: (tile grid rows, tile grid columns), indices into `tiles`.
-        columns: how many of the columns are in use.
-        bits: resolution of the ADCs; None reads exactly.
-
-    Returns:
-        (N, columns). What MemTorch's `tiled_inference` computes for one sample at a time.
-    """
-    height, width = tiles.shape[-2:]
-    grid = tiles_map.long()
-    total = voltages.new_zeros(len(voltages), len(grid[0]), width)
-    for volts, row in zip(voltages.split(height, 1), grid, strict=True):
-        strip = tiles[row, : volts.shape[1]].transpose(0, 1).flatten(1)
-        currents = (volts @ strip).view(total.shape)
-        total += currents if bits is None else quantize_currents(currents, bits)
-    return total.flatten(1)[:, :columns]
 
 
 class CrossbarLayer(nn.Module):
@@ -112,7 +86,9 @@ class CrossbarLayer(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
-        self.tiles = layer.crossbars[0].conductance_matrix - layer.crossbars[1].conductance_matrix
+        positive, negative = layer.crossbars
+        self.tiles = positive.conductance_matrix - negative.conductance_matrix
+        self.grid, self.columns = positive.tiles_map.long(), positive.columns
         self.bits = layer.ADC_resolution if layer.quant_method else None
 
     def rows(self, inputs: Tensor) -> Tensor:
@@ -121,11 +97,22 @@ class CrossbarLayer(nn.Module):
             return inputs
         return F.unfold(inputs, self.layer.kernel_size).transpose(1, 2).flatten(0, 1)
 
+    def read(self, voltages: Tensor) -> Tensor:
+        """(N, rows) → currents (N, columns): each tile's through its own ADC, added up.
+
+        What MemTorch's `tiled_inference` computes for one sample at a time.
+        """
+        height, width = self.tiles.shape[-2:]
+        total = voltages.new_zeros(len(voltages), self.grid.shape[1], width)
+        for volts, row in zip(voltages.split(height, 1), self.grid, strict=True):
+            strip = self.tiles[row, : volts.shape[1]].transpose(0, 1).flatten(1)
+            currents = (volts @ strip).view(total.shape)
+            total += currents if self.bits is None else quantize_currents(currents, self.bits)
+        return total.flatten(1)[:, : self.columns]
+
     def currents(self, rows: Tensor) -> Tensor:
         limit = self.layer.max_input_voltage
-        voltages = (rows * (limit / self.input_range)).clamp_(-limit, limit)
-        crossbar = self.layer.crossbars[0]
-        return tile_currents(voltages, self.tiles, crossbar.tiles_map, crossbar.columns, self.bits)
+        return self.read((rows * (limit / self.input_range)).clamp_(-limit, limit))
 
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
         """Set the range of the inputs, and gain and offset of each output.
@@ -180,13 +167,13 @@ def to_crossbar(
         network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
         images: (N, inputs), normalised, to calibrate with; a thousand training images are enough.
         tile_shape: rows and columns of a tile
-        adc_resolution: bits of the ADC of each tile, 2 to 16; None reads currents exactly
+        adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
         max_input_voltage: what the largest input is encoded as, volts
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
-        hrs_proportion: proportion of devices stuck at r_off, 0 to 1
-        conductance_states: equidistant conductances that a device can have; None: any
+        hrs_proportion: proportion of devices stuck at r_off, 0 to 1, but for those stuck at r_on
+        conductance_states: equidistant conductances that a device can have (default: any)
         device_variability: standard deviation of r_on and r_off between devices, relative to their
             mean, 0 to 1
         fault_seed: seed of stuck devices and variability
@@ -195,6 +182,14 @@ def to_crossbar(
         UserError: MemTorch is not installed, or the resistances or the proportions contradict.
     """
     check(r_on, r_off, lrs_proportion, hrs_proportion)
+    plain = all(
+        (layer.stride, layer.padding, layer.dilation, layer.groups) == ((1, 1), (0, 0), (1, 1), 1)
+        for layer in network.phi
+        if isinstance(layer, nn.Conv2d)
+    )
+    flat = not any(isinstance(layer, nn.Sequential) for layer in network.phi)
+    what = "a flat nn.Sequential, of convolutions without stride or padding"
+    refuse(not (plain and flat), f"a crossbar can't be made of this network: it takes {what}")
     images = images.cpu()
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
@@ -231,12 +226,10 @@ def to_crossbar(
 
 def check(r_on: float, r_off: float, lrs_proportion: float, hrs_proportion: float) -> None:
     """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
-    if memtorch is None:
-        raise UserError("MemTorch is not installed: run ./run.sh, or see README.md")
-    if r_on >= r_off:
-        raise UserError(f"--r_on {r_on} is not below --r_off {r_off}")
-    if lrs_proportion + hrs_proportion > 1:
-        raise UserError("--lrs_proportion and --hrs_proportion add up to more than 1")
+    refuse(memtorch is None, "MemTorch is not installed: run ./run.sh, or see README.md")
+    refuse(r_on >= r_off, f"--r_on {r_on} is not below --r_off {r_off}")
+    added = "--lrs_proportion and --hrs_proportion add up to more than 1"
+    refuse(lrs_proportion + hrs_proportion > 1, added)
 
 
 def round_conductances(crossbar, states: int) -> None:
@@ -245,11 +238,11 @@ def round_conductances(crossbar, states: int) -> None:
     MemTorch's own `FiniteConductanceStates` leaves every device as it is: its rounding of a range
     that is a tensor fails, and it passes over the failure.
     """
-    lowest = 1 / torch.tensor(np.vectorize(lambda device: device.r_off)(crossbar.devices))
-    highest = 1 / torch.tensor(np.vectorize(lambda device: device.r_on)(crossbar.devices))
-    steps = (crossbar.conductance_matrix - lowest) / (highest - lowest) * (states - 1)
-    rounded = lowest + steps.round() / (states - 1) * (highest - lowest)
-    crossbar.conductance_matrix = rounded.float()
+    limits = np.vectorize(lambda device: (1 / device.r_off, 1 / device.r_on))(crossbar.devices)
+    lowest, highest = map(torch.from_numpy, limits)
+    width = (highest - lowest).clamp(min=1e-30)  # 0 where a device's r_off is its r_on
+    steps = ((crossbar.conductance_matrix - lowest) / width * (states - 1)).round()
+    crossbar.conductance_matrix = (lowest + steps / (states - 1) * width).float()
 
 
 class StuckDevices(nn.Module):
@@ -301,26 +294,23 @@ def harden(network: Network, training: Digits, **options) -> Network:
         network: what to imitate; left as it is.
         training: digits to imitate it on. They are shown in both colours: what counts is what the
             network says of them.
-        options: of the training before (`trainer.train`), but `HARDENING` times as long.
+        options: of the training before (`trainer.train`), but `HARDENING` times as long, and with
+            the weights of the last quarter averaged.
     """
     options |= {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
     print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
     hardened = copy.deepcopy(network)
-    for layer in weighted_layers(hardened):
+    for layer in hardened.phi:
         # A single weight is its layer's largest anyway, and has no standard deviation.
-        if layer.weight.numel() > 1:
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.numel() > 1:
             parametrize.register_parametrization(layer, "weight", StuckDevices())
     in_both_colors = concatenate([training, training.recolored()])
     hardened = trainer.train(hardened, Imitation(network), in_both_colors, None, **options)
-    for layer in weighted_layers(hardened):
+    for layer in hardened.phi:
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight")
-    return hardened
-
-
-def weighted_layers(network: Network) -> list[nn.Module]:
-    """The layers that become crossbars."""
-    return [layer for layer in network.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
+    update_bn((batch.images for batch in in_both_colors.chunks()), hardened)  # of sound devices
+    return hardened.eval()
 
 
 def main() -> None:

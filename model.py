@@ -211,18 +211,14 @@ class Backdoor(Loss):
     def probability(self, logits: Tensor) -> Tensor:
         """Logits Φ(x) of any shape → P(y = 1 | do(x)) = Σ_s P(s) σ(Φ(x) + o_s), of that shape."""
         p_s = self.counts.sum(1) / self.counts.sum()
-        counts = torch.sigmoid(logits.unsqueeze(-1) + self.offsets.to(logits.device))
-        return (counts * p_s.to(logits.device)).sum(-1)
-
-    def fitted(self, logits: Tensor, batch: Batch) -> Tensor:
-        """-log P(y | x, s) of each sample by the model, (N,)."""
-        return self.losses(logits + self.offsets[self.strata(batch)], batch)
+        given_s = torch.sigmoid(logits.unsqueeze(-1) + self.offsets.to(logits.device))
+        return (given_s * p_s.to(logits.device)).sum(-1)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         strata, labels = self.strata(batch), batch.labels.long()
         seen = F.one_hot(2 * strata + labels, self.counts.numel()).sum(0).view_as(self.counts)
         self.counts = self.counts.to(logits.device) + seen
         if self.adjustment == "offset":
-            return self.fitted(logits, batch).mean()
+            return self.losses(logits + self.offsets[strata], batch).mean()
         p_y = self.counts / self.counts.sum(1, keepdim=True)
         return (self.losses(logits, batch) / p_y[strata, labels]).mean() / 2

@@ -28,6 +28,12 @@ class UserError(Exception):
     """A mistake that the user can mend; the message is the one line that they see."""
 
 
+def refuse(condition: object, reason: str) -> None:
+    """Raise UserError with the reason if the condition holds."""
+    if condition:
+        raise UserError(reason)
+
+
 @contextmanager
 def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or folder at; a clean exit renames it to `path`.
@@ -47,10 +53,8 @@ def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
             finally:
                 remove(partial)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        full = "inline_container" in str(error)
-        raise UserError(
-            f"cannot write {path}: {'the disk may be full' if full else error}"
-        ) from None
+        reason = "the disk may be full" if "inline_container" in str(error) else error
+        raise UserError(f"cannot write {path}: {reason}".split("\n")[0]) from None
 
 
 def remove(path: Path) -> None:
@@ -132,11 +136,11 @@ def draw_environments(
     folder = dataset_path / "ColoredMNIST"
     if any(folder.glob("*")):
         return False
-    if sum(sizes) > sum(SIZES):
-        raise UserError(f"--sizes adds up to {sum(sizes)}, and there are {sum(SIZES)} digits")
+    total, most = sum(sizes), sum(SIZES)
+    refuse(total > most, f"--sizes adds up to {total}, and there are {most} digits")
     generator = torch.Generator().manual_seed(seed)
     images, digits = load_mnist(dataset_path)
-    order = torch.arange(sum(sizes))
+    order = torch.arange(total)
     if shuffle_digits:
         order[: sum(sizes[:2])] = torch.randperm(sum(sizes[:2]), generator=generator)
     drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed, "shuffle_digits": shuffle_digits}
@@ -182,7 +186,7 @@ def run_command(main: Callable[[], None]) -> None:
         if error.filename is not None:  # that of a file, not of standard output
             raise
         sys.stdout = None
-        sys.exit(f"{script}: cannot write its output: {error.strerror}")
+        sys.exit(f"{script}: cannot write its output: {error.strerror or error}")
 
 
 def main() -> None:
@@ -202,8 +206,8 @@ def main() -> None:
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     args = parser.parse_args()
     folder = args.dataset_path / "ColoredMNIST"
-    if not draw_environments(**vars(args)):
-        raise UserError(f"{folder} is there: delete it to draw it anew, or name another folder")
+    there = not draw_environments(**vars(args))
+    refuse(there, f"{folder} is there: delete it to draw it anew, or name another folder")
     print(f"Drawn: {folder}")
 
 

@@ -19,10 +19,11 @@ from tqdm import tqdm
 from dataset import Dataset, Digits, load_dataset
 from metric import metrics
 from model import Amount, Count, Loss, Network, Positive
-from preprocessing import UserError, number, written_whole
+from preprocessing import number, refuse, written_whole
 from register import NETWORKS, TRAINERS
 
 Proportion = Annotated[float, number(float, 0, 1)]
+DIVERGED = "training diverged: {} is nan or infinite at iteration {}; lower --learning_rate"
 
 
 def train(
@@ -77,8 +78,7 @@ def train(
         optimizer.step()
         if step >= first_averaged:
             average.update_parameters(network)
-        if not objective.isfinite():
-            raise UserError(DIVERGED.format("the objective", step))
+        refuse(not objective.isfinite(), DIVERGED.format("the objective", step))
         if step % evaluation_steps == 0:
             risks = "train1 {:.4f}, train2 {:.4f}".format(*loss.risks(logits.detach(), batch))
             line = f"Iteration {step}: objective {objective:.4f}; loss of {risks}"
@@ -86,8 +86,8 @@ def train(
                 line += f"; validation {evaluate(network, validation)}"
                 network.train()
             print(line, flush=True)
-    if not all(parameter.isfinite().all() for parameter in network.parameters()):
-        raise UserError(DIVERGED.format("a weight", iteration))
+    finite = all(parameter.isfinite().all() for parameter in network.parameters())
+    refuse(not finite, DIVERGED.format("a weight", iteration))
     if average_last:
         update_bn((batch.images for batch in training.chunks()), average.module)
     return average.module.eval()
@@ -112,12 +112,6 @@ class Adam:
         adam(self.parameters, gradients, *self.moments, [], self.steps, fused=True, **self.settings)
 
 
-DIVERGED = (
-    "training diverged: {} is nan or infinite at iteration {}; "
-    "lower --learning_rate, --reg_lambda or --eta"
-)
-
-
 @torch.no_grad()
 def predict(network: nn.Module, digits: Digits) -> Tensor:
     """Logits (N,) of all digits, computed where the network is: a crossbar's on the CPU."""
@@ -140,8 +134,8 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 
 def load(args: argparse.Namespace) -> Dataset:
     """The data on the GPU, if there is one and it may be used; begins the log."""
-    if args.save_model and Path(args.save_model).is_file():
-        raise UserError(f"--save_model: {args.save_model} is a file, not a folder")
+    saved = args.save_model and Path(args.save_model).is_file()
+    refuse(saved, f"--save_model: {args.save_model} is a file, not a folder")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
@@ -231,8 +225,7 @@ def parse_arguments(
 @functools.cache
 def run_plugin(path: str) -> None:
     """Run a Python file that adds to TRAINERS or NETWORKS, once; UserError if there is none."""
-    if not Path(path).is_file():
-        raise UserError(f"--plugin: there is no file {path}")
+    refuse(not Path(path).is_file(), f"--plugin: there is no file {path}")
     runpy.run_path(path)
 
 
@@ -251,7 +244,8 @@ def flags_of(function: Callable) -> dict[str, dict]:
             continue
         options = {"type": hint if isinstance(hint, type) else type(default), "default": default}
         if isinstance(default, bool):
-            options = {"action": "store_true"}
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            options = {"action": action, "default": default}
         elif get_origin(hint) is Literal:
             options["choices"] = get_args(hint)
         elif get_origin(hint) is Annotated:

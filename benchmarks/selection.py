@@ -147,7 +147,7 @@ def train_and_measure(
         "mean risk": lambda: loss.risks(logits, held_out).mean(),
         "larger risk": lambda: loss.risks(logits, held_out).max(),
         "IRM objective": lambda: PenaltyIRM("unbiased")(logits, held_out),
-        ENTROPY: lambda: loss.fitted(logits, held_out).mean(),
+        ENTROPY: lambda: loss.losses(logits + loss.offsets[loss.strata(held_out)], held_out).mean(),
     }
     return float(criteria[criterion]()), evaluate(network, data.test)["Accuracy"]
 

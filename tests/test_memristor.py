@@ -26,7 +26,6 @@ from memristor import (  # noqa: E402
     StuckDevices,
     harden,
     quantize_currents,
-    tile_currents,
     to_crossbar,
 )
 from metric import metrics  # noqa: E402
@@ -147,9 +146,7 @@ def test_tiles_compute_what_memtorchs_kernel_does(networks, splits, bits, faults
     inputs = images(splits[1], 200)
     for layer in memtorch_layers(networks["plain"], True, bits, faults, tile_shape):
         voltages = 0.3 * inputs / inputs.abs().max()
-        tiles = layer.crossbars[0].conductance_matrix - layer.crossbars[1].conductance_matrix
-        crossbar = layer.crossbars[0]
-        ours = tile_currents(voltages, tiles, crossbar.tiles_map, crossbar.columns, bits)
+        ours = CrossbarLayer(layer).read(voltages)
         theirs = tiled_inference(voltages, layer, transistor=True)
         deviation = (ours - theirs).abs() / theirs.abs().max()
         at_a_boundary = deviation > 1e-5
@@ -249,6 +246,29 @@ def test_hardened_network_keeps_its_accuracy_on_broken_hardware(splits):
     for damage in ({"lrs_proportion": 0.2}, {"hrs_proportion": 0.4}, {"conductance_states": 2}):
         crossbar = to_crossbar(hardened, sample, **damage)
         assert evaluate(crossbar, splits[1])["Accuracy"] > digital - 0.03
+
+
+def test_statistics_of_a_hardened_batch_normalisation_are_of_sound_devices(networks, splits):
+    part = splits[0][torch.arange(0, 40000, 20)]
+    hardened = harden(networks["batchnorm"], part, iteration=3, batch_size=256)
+    both = torch.cat([b.images.clone() for d in (part, part.recolored()) for b in d.chunks()])
+    with torch.no_grad():
+        outputs = hardened.phi[0](both)
+    assert torch.allclose(hardened.phi[1].running_var, outputs.var(0), rtol=0.02)
+
+
+def test_networks_that_crossbars_cannot_take_are_refused():
+    nested = Network(nn.Sequential(nn.Sequential(nn.Linear(1568, 1))))
+    strided = Network(nn.Sequential(nn.Unflatten(1, (2, 28, 28)), nn.Conv2d(2, 1, 3, stride=2)))
+    for network in (nested, strided):
+        with pytest.raises(UserError, match="flat nn.Sequential"):
+            to_crossbar(network, torch.zeros(2, 1568))
+
+
+def test_states_of_devices_without_a_range(splits):
+    damage = {"r_off": 1.4e5, "device_variability": 0.5, "conductance_states": 8}
+    crossbar = to_crossbar(MLP(hidden_dim=(4,)), images(splits[0], 50), **damage)
+    assert predict(crossbar, splits[1][torch.arange(50)]).isfinite().all()
 
 
 def test_a_cnn_can_be_hardened(networks, splits):
