@@ -13,9 +13,8 @@ import torch
 from jobs import ROOT, add_scheduler_flag, fresh_data, run_jobs, save_figure
 from matplotlib.figure import Figure
 
-from model import MLP
-from preprocessing import ENVIRONMENTS, number, run_command
-from register import TRAINERS
+from preprocessing import ENVIRONMENTS, number, refuse, run_command
+from register import NETWORKS, TRAINERS
 from trainer import arguments_of, evaluate, parse_arguments, train
 
 
@@ -43,7 +42,8 @@ def curves(trainer: str, every: int, options: tuple[str, ...]) -> list[list[floa
     torch.manual_seed(1000 * args.seed)
     training, held_out = data.hold_out(args.validation)
     environments = [held_out[held_out.envs == env] for env in (0, 1)] + [data.test]
-    network = MLP(**arguments_of(MLP, args))
+    network = NETWORKS[args.network]
+    network = network(channels=1 if args.grayscale else 2, **arguments_of(network, args))
 
     def note() -> None:
         accuracies = [100 * evaluate(network, digits)["Accuracy"] for digits in environments]
@@ -68,7 +68,8 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=ROOT / "figures" / "curves.png")
     add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
-    parse_arguments("", options)  # to refuse what can't be run before anything is
+    # What can't be run is refused before anything is.
+    refuse(not parse_arguments("", options).validation, "the curves need held-out digits")
     jobs = [(trainer, args.every, tuple(options)) for trainer in TRAINERS]
     results = dict(run_jobs(curves, jobs, args.scheduler))
 

@@ -24,6 +24,7 @@ import torch
 from jobs import ROOT
 
 from dataset import load_dataset
+from memristor import check, memtorch, to_crossbar
 from model import MLP
 from preprocessing import UserError, number, run_command
 from trainer import predict
@@ -77,10 +78,6 @@ def training(trainer: str, options: list[str], runs: int) -> None:
 
 
 def crossbar() -> None:
-    import memtorch
-
-    from memristor import to_crossbar
-
     data = load_dataset(ROOT / "data")
     torch.manual_seed(0)
     network = MLP().eval()
@@ -130,6 +127,7 @@ def main() -> None:
     parser.add_argument("--trainer", default="IRM", help="what is trained (default: IRM)")
     parser.add_argument("--cuda", action="store_true", help="train on the GPU too")
     args = parser.parse_args()
+    check(r_on=1, r_off=2, lrs_proportion=0, hrs_proportion=0)
     print("| | ratio | seconds | peak memory, MiB |\n| --- | --- | --- | --- |")
     training(args.trainer, ["--no_cuda"], args.runs)
     if args.cuda:

@@ -5,7 +5,7 @@
 For each trainer: three repetitions, plain and hardened, digital and on crossbars in every condition
 below, five patterns of it where it is random. Prints the mean and, in brackets, the worst pattern's
 test accuracy; draws the first trainer's accuracy over each kind of damage, with bands from the
-worst to the best pattern. Other flags are those of memristor.py, such as --network CNN.
+worst to the best pattern. Other flags, such as --network CNN, are passed on to exp-mnist.py.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from memtorch.mn.Module import patch_model  # noqa: E402
 import memristor  # noqa: E402
 from dataset import load_dataset  # noqa: E402
 from memristor import (  # noqa: E402
+    CrossbarLayer,
     Imitation,
     StuckDevices,
     harden,
