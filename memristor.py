@@ -42,9 +42,9 @@ HARDENING = 3
 def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
     """What `patch_model` calls for each cell of a crossbar: returns a VTEAM device.
 
-    Identical cells share one device object, as only its resistances are read; where devices vary,
-    each is a copy with resistances of its own, drawn from a normal distribution whose standard
-    deviation is `variability` times the mean, at least a tenth of the mean.
+    Identical cells share one, as only its resistances are read. Where devices vary, each is a copy
+    with resistances of its own: normal, with standard deviation `variability` times the mean, and
+    at least a tenth of the mean.
     """
     prototype = memtorch.bh.memristor.VTEAM(TIME_SERIES_RESOLUTION, r_off=r_off, r_on=r_on)
     draws = random.Random(seed)
@@ -77,10 +77,9 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
 class CrossbarLayer(nn.Module):
     """A MemTorch layer computed tile by tile for a whole batch, with a fixed range of inputs.
 
-    MemTorch divides each batch by its own largest input (`naive_scale`) and does not multiply it
-    back. Here `calibrate` fixes the range once, and finds by least squares the gain and the offset
-    that turn each output's current into the digital layer's number (MemTorch's `tune`, for each
-    output instead of each layer, and on the inputs that the layer really gets).
+    `calibrate` fixes the range of the inputs once (MemTorch's `naive_scale` divides each batch by
+    its own largest), and finds by least squares the gain and the offset that turn each output's
+    current into the digital layer's number (MemTorch's `tune` has one pair for a layer).
     """
 
     def __init__(self, layer: nn.Module):
@@ -248,12 +247,10 @@ def round_conductances(crossbar, states: int) -> None:
 class StuckDevices(nn.Module):
     """A weight as the crossbar will have it: limited, and while training with random stuck devices.
 
-    A device stuck at low resistance adds or takes away the largest weight of its layer, so weights
-    are limited to `LIMIT` standard deviations: the largest is then no rare outlier that makes each
-    stuck device worse. One stuck at high resistance leaves its part of the weight out. The gradient
-    passes through limit and damage unchanged (straight-through), so all weights learn to do without
-    any of the others. Each step has proportions of stuck devices of its own, from none to `MOST_ON`
-    and `MOST_OFF`, so that the network is right with few of them as with many.
+    A device stuck on adds or takes away the largest weight of its layer, so weights are limited to
+    `LIMIT` standard deviations; one stuck off leaves its part of the weight out. Each step draws
+    how many are stuck, up to `MOST_ON` and `MOST_OFF`. The gradient passes through unchanged
+    (straight-through), so all weights learn to do without any of the others.
     """
 
     LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.5
@@ -274,8 +271,7 @@ class StuckDevices(nn.Module):
 class Imitation(ERM):
     """Cross entropy against the decisions of a trained network (Hinton et al. 2015).
 
-    They have no label noise to memorise, and invariance to colour, or what there is of it, need not
-    be found again under damage, where an objective such as IRM's has too much variance.
+    They hold no label noise to memorise, and invariance need not be found again under damage.
     """
 
     def __init__(self, teacher: Network):
@@ -292,8 +288,7 @@ def harden(network: Network, training: Digits, **options) -> Network:
 
     Args:
         network: what to imitate; left as it is.
-        training: digits to imitate it on. They are shown in both colours: what counts is what the
-            network says of them.
+        training: digits to imitate it on, in both colours.
         options: of the training before (`trainer.train`), but `HARDENING` times as long, and with
             the weights of the last quarter averaged.
     """

@@ -187,11 +187,9 @@ class Backdoor(Loss):
     Bayes' rule (prior correction, King & Zeng 2001). That is what is fitted; `probability` sums.
 
     Args:
-        adjustment: how Backdoor finds Φ. "offset" takes the cross entropy of σ(Φ + o_s), maximum
-            likelihood. "weights" makes each sample count 1 / P(y | s), which balances the labels
-            within s: the backdoor adjustment of the image given the label, P(x | do(y)) = Σ_s
-            P(x | y, s) P(s) (causal bootstrapping, Little & Badawy 2019), whose classifier σ(Φ) is
-            the posterior for balanced labels
+        adjustment: Backdoor's. "offset" fits σ(Φ + o_s) by maximum likelihood. "weights" makes each
+            sample count 1 / P(y | s), which is P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal
+            bootstrapping, Little & Badawy 2019); σ(Φ) is then the posterior for balanced labels
     """
 
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):

@@ -94,14 +94,10 @@ def load_mnist(dataset_path: Path, part: str = "train") -> tuple[Tensor, Tensor]
 def color_digits(
     images: Tensor, digits: Tensor, p_f: float, p_e: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One environment (assignment, data set): digits → RGB images, labels and colours.
+    """One environment: MNIST's images (N, 28, 28) uint8 and digits (N,), coloured.
 
-    Args:
-        images: (N, 28, 28) uint8 grey levels.
-        digits: (N,) which digit each image shows.
-        p_f: probability that the label is not that of the digit (0 for 0-4, 1 for 5-9).
-        p_e: probability that the colour id is not the label.
-        generator: what the flips are drawn from.
+    A label is that of its digit (0 for 0-4, 1 for 5-9), but flipped with probability `p_f`; a
+    colour id is the label, but flipped with probability `p_e` (assignment, data set).
 
     Returns:
         "images" (N, 3, 28, 28), "labels" (N,) and "colors" (N,), all uint8; colour 1 is red.
@@ -124,12 +120,8 @@ def draw_environments(
 ) -> bool:
     """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; say whether it did.
 
-    Args:
-        dataset_path: folder that is to hold the folder ColoredMNIST.
-        p_f, p_e: probabilities as in `color_digits`, one p_e for each of train1, train2 and test.
-        sizes: digits of train1, train2 and test, which are parts of MNIST in its order.
-        shuffle_digits: shuffle the digits of train1 and train2 together before they are divided.
-        seed: what all of it is drawn with.
+    Each of train1, train2 and test has its `p_e` and its size, and is a part of MNIST in its order,
+    unless `shuffle_digits` has those of train1 and train2 shuffled before they are divided.
 
     Raises UserError if there is nothing to draw from, or no place to write to.
     """

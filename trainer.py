@@ -43,18 +43,16 @@ def train(
 ) -> Network:
     """Minimise the loss with Adam; returns the trained network, in evaluation mode.
 
+    The network given is trained in place, the one returned has averaged weights. A loss may keep
+    state, so it is made for one training. `validation` is for the log alone.
+
     Args:
-        network: trained in place. What is returned is a copy, of averaged weights.
-        loss: made for this training.
-        training: what minibatches are drawn from.
-        validation: what the log reports on, if anything.
         iteration: minibatches per training
         batch_size: images per minibatch
         learning_rate: step size of Adam
         weight_decay: L2 coefficient of Adam
-        max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013); 0: none
-            are. IRM's first gradients are tens of times as long as its later ones, and Adam's
-            memory of them would shorten all steps that follow
+        max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013), as Adam
+            would remember IRM's first ones, tens of times as long as later ones; 0: none are
         average_last: average the weights after this last part of the iterations, 0 to 1 (Izmailov
             et al. 2018); 0: the last weights
         shift: minibatches are moved at random by up to so many pixels, 0 to 13

@@ -255,6 +255,7 @@ def draw(searches: list[Search], path: str) -> None:
             criteria = [search.criterion(setting)[0] for setting in settings]
             axes.scatter(criteria, [search.accuracy(setting)[0] for setting in settings], **style)
         axes.set_title(search.name, fontsize=10)
+        axes.locator_params(axis="x", nbins=4)
         axes.set_xlabel(f"held-out {search.space.criterion}", fontsize=9)
         axes.grid(alpha=0.3)
     for axes in panels[len(searches) :]:
