@@ -253,7 +253,7 @@ class StuckDevices(nn.Module):
     (straight-through), so all weights learn to do without any of the others.
     """
 
-    LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.5
+    LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.25
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()

@@ -104,11 +104,11 @@ KNOBS = {
     "epsilon": (1e-8, 1e-4),
 }
 CNN_KNOBS = {"average_last": (0.0, 0.25, 0.75), "shift": (0, 1, 2), "drop_rate": (0.0, 0.3, 0.5)}
-# Attributes of StuckDevices. Textbooks have no plain setting: stuck-on devices alone stand for it.
+# Attributes of StuckDevices. Textbooks have no plain setting: some devices stuck both ways is it.
 HARDENING_KNOBS = {
     "LIMIT": (0.7, 0.5, 1.0),
-    "MOST_ON": (0.3, 0.1, 0.2),
-    "MOST_OFF": (0.0, 0.25, 0.5),
+    "MOST_ON": (0.2, 0.1, 0.3),
+    "MOST_OFF": (0.25, 0.0, 0.5),
 }
 # Proportions of devices stuck at low and at high resistance that a hardened network is tried with.
 BROKEN = ((0.2, 0.0), (0.0, 0.5), (0.1, 0.1))
