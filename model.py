@@ -79,26 +79,6 @@ class MLP(Network):
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
 
 
-class CNN(Network):
-    """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
-
-    Args:
-        channels: 2 (red and green), or 1 for a network that can't see colour.
-        drop_rate: proportion of hidden units dropped while training, 0 to 0.99
-    """
-
-    defaults = {"batch_size": 384, "iteration": 1300, "shift": 2}
-
-    def __init__(self, channels: int = 2, drop_rate: DropRate = 0.3):
-        layers = [nn.Unflatten(1, (channels, 28, 28))]
-        for maps, filters in ((channels, 32), (32, 64)):
-            # Pooling before ReLU gives the same numbers, and ReLU a quarter of the work.
-            layers += [nn.Conv2d(maps, filters, 5), nn.MaxPool2d(2), nn.ReLU()]
-        layers += [nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU()]
-        super().__init__(nn.Sequential(*layers, nn.Dropout(drop_rate), nn.Linear(64, 1)))
-        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
-
-
 class Loss:
     """What a trainer minimises: `objective = loss(logits, batch)`.
 
@@ -220,3 +200,23 @@ class Backdoor(Loss):
             return self.losses(logits + self.offsets[strata], batch).mean()
         p_y = self.counts / self.counts.sum(1, keepdim=True)
         return (self.losses(logits, batch) / p_y[strata, labels]).mean() / 2
+
+
+class CNN(Network):
+    """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
+
+    Args:
+        channels: 2 (red and green), or 1 for a network that can't see colour.
+        drop_rate: proportion of hidden units dropped while training, 0 to 0.99
+    """
+
+    defaults = {"batch_size": 384, "iteration": 1300, "shift": 2}
+
+    def __init__(self, channels: int = 2, drop_rate: DropRate = 0.3):
+        layers = [nn.Unflatten(1, (channels, 28, 28))]
+        for maps, filters in ((channels, 32), (32, 64)):
+            # Pooling before ReLU gives the same numbers, and ReLU a quarter of the work.
+            layers += [nn.Conv2d(maps, filters, 5), nn.MaxPool2d(2), nn.ReLU()]
+        layers += [nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU()]
+        super().__init__(nn.Sequential(*layers, nn.Dropout(drop_rate), nn.Linear(64, 1)))
+        self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
