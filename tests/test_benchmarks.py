@@ -4,6 +4,7 @@ All of it in a copy of the project that draws small environments, with its own k
 """
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -15,7 +16,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, assert_one_line
+
+from dataset import Batch, Digits
+from model import ERM, IRM
 
 ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 SWEEP = ("benchmarks/student_numbers.py", "--numbers", "4", "--iteration", "20")
@@ -147,3 +152,83 @@ def test_a_scheduler_that_is_not_there_is_one_line(project, start):
     process = start(*SWEEP[:3], "--scheduler", "nowhere://127.0.0.1:1")
     out, err = process.communicate(timeout=100)
     assert_one_line(subprocess.CompletedProcess([], process.returncode, out, err), "nowhere")
+
+
+def test_robustness_table_and_figure(project, start, tmp_path):
+    pytest.importorskip("memtorch", reason="MemTorch is not installed (no compiler)")
+    conditions = ("--conditions", "crossbar", "20 % on", "--repetitions", 1, "--patterns", 1)
+    flags = ("--trainers", "IRM", *conditions, "--iteration", 20, "--figure", tmp_path / "c.png")
+    lines = finish(start("benchmarks/robustness.py", *flags)).splitlines()
+    assert lines[0] == "| trainer | training | digital | crossbar | 20 % on |"
+    plain, hardened = (line.strip("| ").split(" | ") for line in lines[2:4])
+    assert plain[:2] == ["IRM", "plain"] and hardened[:2] == ["IRM", "hardened"]
+    for row in (plain, hardened):
+        assert abs(float(row[2]) - float(row[3].split()[0])) < 2  # nothing is lost in the move
+    assert lines[-2].startswith("Hardened, a pattern loses ")
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def selection(monkeypatch):
+    pytest.importorskip("memtorch", reason="MemTorch is not installed (no compiler)")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("selection")
+
+
+def test_selection_takes_the_simplest_within_one_standard_error(selection):
+    search = object.__new__(selection.Search)
+    search.space = selection.Space((), {"a": (0, 1), "b": (0, 1, 2)}, "risk")
+    search.shared = None
+    # Means 0.50 ± 0.01, 0.505, 0.52; test accuracies speak for others.
+    search.results = {
+        (1, 2): [(0.49, 0.1), (0.51, 0.1)],
+        (1, 0): [(0.50, 0.2), (0.51, 0.2)],
+        (0, 0): [(0.51, 0.9), (0.53, 0.9)],
+    }
+    assert search.chosen == (1, 0) and search.ranking == [(1, 2), (1, 0), (0, 0)]
+    search.shared = (0, 0)  # too far behind
+    assert search.chosen == (1, 0)
+    search.shared = (1, 2)
+    assert search.chosen == (1, 2)
+
+
+def test_unbiased_penalty_is_the_mean_over_pairs_of_samples(selection):
+    torch.manual_seed(0)
+    logits, envs = torch.randn(12), torch.tensor([0, 1] * 6)
+    batch = Batch(torch.zeros(12, 1), torch.randint(2, (12,)).float(), envs, envs)
+    gradients, penalty = (torch.sigmoid(logits) - batch.labels) * logits, 0
+    for e in (0, 1):
+        g = gradients[envs == e]
+        pairs = [g[i] * g[j] for i in range(6) for j in range(6) if i != j]
+        penalty += sum(pairs) / len(pairs) / 2
+    expected = ERM()(logits, batch) + 50 * penalty
+    assert torch.isclose(selection.PenaltyIRM("unbiased")(logits, batch), expected, atol=1e-5)
+    assert torch.equal(selection.PenaltyIRM()(logits, batch), IRM()(logits, batch))
+
+
+def test_every_knob_of_the_selection_turns_something(selection, monkeypatch):
+    """Also those that are no flags: trained for five steps, each value gives another network."""
+    monkeypatch.setitem(selection.NETWORKS, "MLP", selection.ScaledMLP)
+    monkeypatch.setitem(selection.TRAINERS, "IRM", selection.PenaltyIRM)
+    space = selection.SPACES["IRM"]
+    short = (*space.arguments, "--iteration=5")
+
+    def measure(**changed):
+        knobs = dict(zip(space.knobs, space.plain, strict=True)) | changed
+        return selection.train_and_measure(short, tuple(knobs.items()), space.criterion, 0)
+
+    plain = measure()
+    assert measure() == plain
+    for changed in ({"epsilon": 1e-4}, {"init_scale": 0.3}, {"penalty": "unbiased"}, {"shift": 1}):
+        assert measure(**changed) != plain
+
+
+def test_the_papers_protocol_sees_raw_pixels(monkeypatch, mnist):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    paper = importlib.import_module("paper_table")
+    red = torch.stack([mnist[0][:3], torch.zeros_like(mnist[0][:3])], 1)
+    digits = Digits(red, torch.zeros(3), torch.ones(3).long(), torch.zeros(3).long())
+    expected = mnist[0][:3, ::2, ::2].flatten(1) / 255
+    assert torch.equal(paper.raw_pixels(digits).images[:, :196], expected)
+    grayscale = paper.PROTOCOLS["grayscale"]._replace(steps=3)
+    assert 40 < paper.paper_accuracy(*grayscale, 0) < 65
