@@ -84,7 +84,7 @@ def draw(path: str, trainer: str, measured: dict[bool, dict]) -> None:
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")
-    axes[0].legend(loc="lower left", title=f"{trainer} (dashed: digital)")
+    axes[-1].legend(loc="lower left", title=f"{trainer} (dashed: digital)")
     save_figure(figure, path)
 
 
