@@ -7,7 +7,7 @@ import re
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dataset import Dataset, Digits, load_dataset
 from metric import metrics
 from model import Amount, Count, Loss, Network, Positive
-from preprocessing import number, refuse, written_whole
+from preprocessing import UserError, number, refuse, written_whole
 from register import NETWORKS, TRAINERS
 
 Proportion = Annotated[float, number(float, 0, 1)]
@@ -132,8 +132,10 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 
 def load(args: argparse.Namespace) -> Dataset:
     """The data on the GPU, if there is one and it may be used; begins the log."""
-    saved = args.save_model and Path(args.save_model).is_file()
-    refuse(saved, f"--save_model: {args.save_model} is a file, not a folder")
+    try:
+        Path(args.save_model or ".").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--save_model: {args.save_model}: {error.strerror}") from None
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
@@ -234,13 +236,13 @@ def flags_of(function: Callable) -> dict[str, dict]:
     """
     text = inspect.getdoc(function) or ""
     helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.M))
-    called = function.__init__ if isinstance(function, type) else function
-    hints, flags = get_type_hints(called, include_extras=True), {}
+    flags = {}
     for name, parameter in inspect.signature(function).parameters.items():
-        default, hint = parameter.default, hints.get(name)
+        default, hint = parameter.default, parameter.annotation
         if default is parameter.empty or name == "channels":  # what --grayscale decides
             continue
-        options = {"type": hint if isinstance(hint, type) else type(default), "default": default}
+        kind = hint if hint in (int, float, str) else type(default)
+        options = {"type": kind, "default": default}
         if isinstance(default, bool):
             action = argparse.BooleanOptionalAction if default else "store_true"
             options = {"action": action, "default": default}

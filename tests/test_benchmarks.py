@@ -154,6 +154,14 @@ def test_a_scheduler_that_is_not_there_is_one_line(project, start):
     assert_one_line(subprocess.CompletedProcess([], process.returncode, out, err), "nowhere")
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("benchmarks/*.py")))
+def test_help_of_every_script(in_process, monkeypatch, script):
+    pytest.importorskip("memtorch", reason="MemTorch is not installed (no compiler)")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    if script != "jobs.py":  # what the others share is no command
+        assert in_process(script, "--help").stdout.startswith("usage: ")
+
+
 def test_robustness_table_and_figure(project, start, tmp_path):
     pytest.importorskip("memtorch", reason="MemTorch is not installed (no compiler)")
     conditions = ("--conditions", "crossbar", "20 % on", "--repetitions", 1, "--patterns", 1)

@@ -337,6 +337,9 @@ def test_flags_are_the_signatures(capsys):
     args = parse_arguments("", [], of=[to_crossbar], harden="train on")
     assert (args.tile_shape, args.adc_resolution, args.r_on) == ((128, 128), 8, 1.4e4)
     assert args.conductance_states is None and args.harden is False
+    given = ["--conductance_states", "4", "--adc_resolution", "6", "--tile_shape", "64", "32"]
+    args = parse_arguments("", given, of=[to_crossbar])
+    assert (args.conductance_states, args.adc_resolution, args.tile_shape) == (4, 6, [64, 32])
     with pytest.raises(SystemExit):
         parse_arguments("", ["--help"], of=[to_crossbar], harden="train on")
     assert capsys.readouterr().out.count("\n  --") <= 40
