@@ -149,8 +149,6 @@ class IRM(Loss):
         reg_lambda: weight λ of IRM's penalty
     """
 
-    defaults = {"max_gradient_norm": 1.0, "shift": 0}
-
     def __init__(self, reg_lambda: Amount = 50.0):
         self.reg_lambda = reg_lambda
 

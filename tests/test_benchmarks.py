@@ -183,7 +183,7 @@ def selection(monkeypatch):
     return importlib.import_module("selection")
 
 
-def test_selection_takes_the_simplest_within_one_standard_error(selection):
+def test_selection_takes_the_simplest_that_overlaps_with_the_best(selection):
     search = object.__new__(selection.Search)
     search.space = selection.Space((), {"a": (0, 1), "b": (0, 1, 2)}, "risk")
     search.shared = None
