@@ -16,6 +16,7 @@ from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
 
 # Of the value / 255, in the red and the green channel; blue is 0 throughout.
 MEAN, STD = 0.1307, 0.3081
+SHIFT, SCALE = torch.tensor(-MEAN / STD), 1 / (255 * STD)
 CHUNK = 2000  # images made into floats at a time when all of them are passed through a network
 
 
@@ -86,10 +87,11 @@ class Digits:
             index = index.to(self.images.device)
             images = self.images.index_select(0, index)
             if shift:
-                images = images.roll(torch.randint(-shift, shift + 1, (2,)).tolist(), (2, 3))
+                down, right = torch.randint(-shift, shift + 1, (2,)).tolist()
+                images = images.flatten(2).roll(28 * down + right, 2).view_as(images)
             if floats is None or len(floats) != len(index):
                 floats = torch.empty_like(images, dtype=torch.float32)
-            floats.copy_(images).sub_(255 * MEAN).div_(255 * STD)
+            torch.add(SHIFT, floats.copy_(images), alpha=SCALE, out=floats)
             yield Batch(floats.flatten(1), self.labels[index], self.colors[index], self.envs[index])
 
 

@@ -21,9 +21,8 @@ from torch.optim.swa_utils import update_bn
 import trainer
 from dataset import Batch, Digits, concatenate
 from metric import summarize
-from model import ERM, Network, Positive
-from preprocessing import number, refuse, run_command
-from trainer import Proportion
+from model import ERM, Network
+from preprocessing import Positive, Proportion, Seed, number, refuse, run_command
 
 try:
     import memtorch
@@ -155,7 +154,7 @@ def to_crossbar(
     hrs_proportion: Proportion = 0.0,
     conductance_states: Annotated[int | None, number(int, 2)] = None,
     device_variability: Proportion = 0.0,
-    fault_seed: Annotated[int, number(int, 0, 2**32 - 1)] = 0,
+    fault_seed: Seed = 0,
 ) -> nn.Module:
     """A copy of a network whose linear and convolutional layers are memristor crossbars.
 

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import Batch
-from preprocessing import number
+from preprocessing import Amount, number
 
-# Values of arguments, as the command line checks them.
-Count = Annotated[int, number(int, 1)]
-Amount = Annotated[float, number(float, 0)]
-Positive = Annotated[float, number(float, 0, above=True)]
 DropRate = Annotated[float, number(float, 0, 0.99)]
 
 
@@ -208,7 +204,7 @@ class CNN(Network):
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
     """
 
-    defaults = {"batch_size": 384, "iteration": 1300, "shift": 2}
+    defaults = {"batch_size": 384, "iteration": 1300}
 
     def __init__(self, channels: int = 2, drop_rate: DropRate = 0.3):
         layers = [nn.Unflatten(1, (channels, 28, 28))]

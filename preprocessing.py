@@ -4,13 +4,16 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 """
 
 import argparse
+import inspect
 import math
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -21,7 +24,7 @@ ENVIRONMENTS = ("train1", "train2", "test")
 P_F = 0.2
 P_E = (0.1, 0.4, 0.9)
 SIZES = (20000, 20000, 20000)
-BUNDLED_MNIST = Path(__file__).parent / "data" / "mnist.npz"
+MNIST = Path(__file__).parent / "data" / "mnist.npz"
 
 
 class UserError(Exception):
@@ -32,6 +35,59 @@ def refuse(condition: object, reason: str) -> None:
     """Raise UserError with the reason if the condition holds."""
     if condition:
         raise UserError(reason)
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, above: bool = False
+) -> Callable[[str], float]:
+    """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
+    bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+    what = f"a {'whole ' if kind is int else ''}number {bounds}"
+
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            value = kind(text)
+            if (low < value if above else low <= value) and value <= high and value != math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
+
+
+def flags_of(function: Callable) -> dict[str, dict]:
+    """A flag's options for each argument of a function or a class that has a default.
+
+    Its type, or what parses and checks it, is in the annotation, its help in the docstring.
+    """
+    text = inspect.getdoc(function) or ""
+    helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.M))
+    flags = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        default, hint = parameter.default, parameter.annotation
+        if default is parameter.empty or name == "channels":  # what --grayscale decides
+            continue
+        kind = hint if hint in (int, float, str) else type(default)
+        options = {"type": kind, "default": default}
+        if isinstance(default, bool):
+            action = argparse.BooleanOptionalAction if default else "store_true"
+            options = {"action": action, "default": default}
+        elif get_origin(hint) is Literal:
+            options["choices"] = get_args(hint)
+        elif get_origin(hint) is Annotated:
+            options["type"] = hint.__metadata__[0]
+            if isinstance(default, tuple):
+                options["nargs"] = "+" if ... in get_args(hint.__origin__) else len(default)
+        described = " ".join(helps.get(name, f"of {function.__name__}").split())
+        flags[name] = options | {"help": described.replace("%", "%%")}
+    return flags
+
+
+# Values of arguments, as the command line checks them.
+Count = Annotated[int, number(int, 1)]
+Amount = Annotated[float, number(float, 0)]
+Positive = Annotated[float, number(float, 0, above=True)]
+Proportion = Annotated[float, number(float, 0, 1)]
+Seed = Annotated[int, number(int, 0, 2**32 - 1)]
 
 
 @contextmanager
@@ -62,33 +118,18 @@ def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def load_mnist(dataset_path: Path, part: str = "train") -> tuple[Tensor, Tensor]:
+def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
     """MNIST's "train" or "test" part: images (N, 28, 28) uint8 and digits (N,) uint8.
 
-    Read from `mnist.npz` in `dataset_path` or else the one that comes with the project; where there
-    is none, torchvision downloads MNIST to `dataset_path`. UserError if none of that works.
+    Read from the file that comes with the project; UserError if that is missing or damaged.
     """
-    path = dataset_path / "mnist.npz"
-    path = path if path.exists() else BUNDLED_MNIST
     try:
-        if path.exists():
-            with np.load(path) as archive:
-                images, digits = (torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
-        else:
-            from torchvision.datasets import MNIST  # seconds to import, so only where it is needed
-
-            with redirect_stdout(sys.stderr):
-                mnist = MNIST(dataset_path, train=part == "train", download=True)
-            images, digits = mnist.data, mnist.targets
-        count = {"train": 60000, "test": 10000}[part]
-        if images.shape != (count, 28, 28) or images.dtype != torch.uint8 or len(digits) != count:
-            raise ValueError(f"not MNIST's {part} part")
-    except Exception as error:  # of a damaged file, or of the network
-        source = f"{path} is damaged" if path.exists() else "MNIST could not be downloaded"
-        reason, folder = str(error).strip().split("\n")[0], dataset_path / "ColoredMNIST"
-        remedy = f"put mnist.npz into {dataset_path}, or train1.pt, train2.pt and test.pt into"
-        raise UserError(f"{source} ({reason}): {remedy} {folder}") from None
-    return images, digits.to(torch.uint8)
+        with np.load(MNIST) as archive:
+            images, digits = (torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
+    except Exception as error:  # whatever damaged bytes may provoke
+        reason = f"{MNIST} is missing or damaged ({error})".split("\n")[0]
+        raise UserError(f"{reason}: get it again with the project") from None
+    return images, digits
 
 
 def color_digits(
@@ -112,18 +153,25 @@ def color_digits(
 
 def draw_environments(
     dataset_path: Path,
-    p_f: float = P_F,
-    p_e: Sequence[float] = P_E,
-    sizes: Sequence[int] = SIZES,
+    *,
+    p_f: Proportion = P_F,
+    p_e: Annotated[tuple[float, float, float], number(float, 0, 1)] = P_E,
+    sizes: Annotated[tuple[int, int, int], number(int, 2)] = SIZES,
     shuffle_digits: bool = False,
-    seed: int = 1234,
+    seed: Seed = 1234,
 ) -> bool:
     """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; say whether it did.
 
-    Each of train1, train2 and test has its `p_e` and its size, and is a part of MNIST in its order,
-    unless `shuffle_digits` has those of train1 and train2 shuffled before they are divided.
+    Each of train1, train2 and test is a part of MNIST in its order.
 
-    Raises UserError if there is nothing to draw from, or no place to write to.
+    Args:
+        p_f: probability of flipping a label, 0 to 1
+        p_e: probabilities that the colour is not the label, 0 to 1, of train1, train2 and test
+        sizes: digits of train1, train2 and test
+        shuffle_digits: shuffle those of train1 and train2 together before they are divided
+        seed: seed of all random draws
+
+    Raises UserError if there are too few digits, or no place to write to.
     """
     folder = dataset_path / "ColoredMNIST"
     if any(folder.glob("*")):
@@ -131,7 +179,7 @@ def draw_environments(
     total, most = sum(sizes), sum(SIZES)
     refuse(total > most, f"--sizes adds up to {total}, and there are {most} digits")
     generator = torch.Generator().manual_seed(seed)
-    images, digits = load_mnist(dataset_path)
+    images, digits = load_mnist()
     order = torch.arange(total)
     if shuffle_digits:
         order[: sum(sizes[:2])] = torch.randperm(sum(sizes[:2]), generator=generator)
@@ -144,23 +192,6 @@ def draw_environments(
             record = color_digits(images[part], digits[part], p_f, flip, generator)
             torch.save(record | drawn, partial / f"{name}.pt")
     return True
-
-
-def number(
-    kind: type, low: float, high: float = math.inf, above: bool = False
-) -> Callable[[str], float]:
-    """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
-    bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-    what = f"a {'whole ' if kind is int else ''}number {bounds}"
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if (low < value if above else low <= value) and value <= high and value != math.inf:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-
-    return parse
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -186,16 +217,10 @@ def main() -> None:
         description="Draw the three environments of ColoredMNIST.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add, share, names = parser.add_argument, number(float, 0, 1), ("TRAIN1", "TRAIN2", "TEST")
-    add("--dataset_path", type=Path, default="data", help="folder of the folder ColoredMNIST")
-    add("--p_f", type=share, default=P_F, help="probability of flipping a label, 0 to 1")
-    each = "probabilities that the colour is not the label, 0 to 1"
-    add("--p_e", type=share, nargs=3, default=P_E, metavar=names, help=each)
-    each = "digits of each environment"
-    add("--sizes", type=number(int, 2), nargs=3, default=SIZES, metavar=names, help=each)
-    shuffled = "shuffle the digits of TRAIN1 and TRAIN2 together before they are divided"
-    add("--shuffle_digits", action="store_true", help=shuffled)
-    add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
+    path = "folder of the folder ColoredMNIST"
+    parser.add_argument("--dataset_path", type=Path, default="data", help=path)
+    for name, options in flags_of(draw_environments).items():
+        parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
     folder = args.dataset_path / "ColoredMNIST"
     there = not draw_environments(**vars(args))

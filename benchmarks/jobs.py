@@ -188,7 +188,7 @@ def unseen_digits(grayscale: bool = False) -> Digits:
     Nothing is trained on it, and nothing may be chosen by it.
     """
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
-    drawn = color_digits(*load_mnist(ROOT / "data", "test"), P_F, P_E[2], generator)
+    drawn = color_digits(*load_mnist("test"), P_F, P_E[2], generator)
     images, labels, colors = drawn["images"][:, :2].contiguous(), drawn["labels"], drawn["colors"]
     digits = Digits(images, labels.float(), colors.long(), torch.full((len(labels),), 2))
     return digits.grayscale() if grayscale else digits

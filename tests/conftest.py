@@ -90,7 +90,7 @@ def data(dataset_path):
 
 @pytest.fixture(scope="session")
 def mnist():
-    return preprocessing.load_mnist(ROOT / "data")
+    return preprocessing.load_mnist()
 
 
 @pytest.fixture(scope="session")

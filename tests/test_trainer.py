@@ -20,7 +20,7 @@ from dataset import MEAN, STD, Digits, concatenate, load_dataset
 from metric import metrics, summarize
 from model import CNN, ERM, IRM, MLP, Network
 from preprocessing import UserError, draw_environments
-from trainer import parse_arguments, predict, train, train_repetition
+from trainer import fast_products, parse_arguments, predict, train, train_repetition
 
 SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 2, "--evaluation_steps", 20)
 SUMMARY = re.compile(
@@ -142,7 +142,7 @@ def test_what_is_held_out_is_not_trained_on(data):
 
 def test_images_are_moved(data):
     digits = data.training[torch.arange(40)]
-    digits.images[:, :, :2], digits.images[:, :, -2:] = 0, 0  # so nothing is lost at the edges
+    digits.images[:, :, :3], digits.images[:, :, -3:] = 0, 0  # so nothing is lost at the edges
     digits.images[..., :2], digits.images[..., -2:] = 0, 0
     digits.labels = torch.arange(40.0)
     still = next(digits.chunks()).images.clone().view(40, 2, 28, 28)
@@ -168,10 +168,11 @@ def trained(digits, loss=ERM, network=MLP, **settings):
 def by_hand(network, loss, digits, iteration, batch_size, learning_rate, **settings):
     """The loop that everyone writes; yields the network after each of its steps."""
     limit = settings.pop("max_gradient_norm", 0.1)
-    optimizer = torch.optim.Adam(network.parameters(), learning_rate, **settings)
+    optimizer = torch.optim.Adam(network.parameters(), learning_rate, eps=1e-4, **settings)
     for _, batch in zip(range(iteration), digits.minibatches(batch_size, shift=1), strict=False):
         optimizer.zero_grad()
-        loss(network(batch.images), batch).backward()
+        with fast_products():
+            loss(network(batch.images), batch).backward()
         if limit:
             torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
         optimizer.step()
@@ -485,7 +486,7 @@ def test_what_networks_set_differently():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--trainer", "DRO"), ("'DRO'", "ERM, groupDRO, IRM")),
+        (("--trainer", "DRO"), ("'DRO'", "groupDRO")),
         (("--network", "RNN"), ("'RNN'", "MLP")),
         (("--batch_size", 0), ("--batch_size", "'0'")),
         (("--batch_size", "1.5"), ("--batch_size", "whole number")),
