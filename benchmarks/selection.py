@@ -23,7 +23,6 @@ import torch
 from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure
 from matplotlib.figure import Figure
 
-import trainer
 from dataset import concatenate
 from memristor import StuckDevices, harden, to_crossbar
 from model import IRM, MLP
@@ -64,7 +63,7 @@ class PenaltyIRM(IRM):
 
 
 NETWORKS["MLP"], TRAINERS["IRM"] = ScaledMLP, PenaltyIRM
-OURS = {"epsilon": 1e-8, "init_scale": 1.0, "penalty": "plain"}  # knobs that are no flags
+OURS = {"init_scale": 1.0, "penalty": "plain"}  # knobs that are no flags
 
 
 class Space(NamedTuple):
@@ -101,9 +100,14 @@ KNOBS = {
     "max_gradient_norm": (0.0, 0.1, 1.0),
     "shift": (0, 1, 2),
     "init_scale": (1.0, 0.3, 0.1),
+    "epsilon": (1e-8, 1e-4, 1e-3),
+}
+CNN_KNOBS = {
+    "average_last": (0.0, 0.25, 0.75),
+    "shift": (0, 1, 2),
+    "drop_rate": (0.0, 0.3, 0.5),
     "epsilon": (1e-8, 1e-4),
 }
-CNN_KNOBS = {"average_last": (0.0, 0.25, 0.75), "shift": (0, 1, 2), "drop_rate": (0.0, 0.3, 0.5)}
 # Attributes of StuckDevices. Textbooks have no plain setting: some devices stuck both ways is it.
 HARDENING_KNOBS = {
     "LIMIT": (0.7, 0.5, 1.0),
@@ -117,7 +121,9 @@ CNN = ("--trainer=Backdoor", "--network=CNN", "--iteration=500")  # not its 1300
 SPACES = {
     "ERM": Space(("--trainer=ERM",), KNOBS, "mean risk"),
     "groupDRO": Space(("--trainer=groupDRO",), KNOBS, "larger risk"),
-    "IRM": Space(("--trainer=IRM",), KNOBS | {"penalty": ("plain", "unbiased")}, "IRM objective"),
+    "IRM": Space(
+        ("--trainer=IRM",), KNOBS | {"penalty": ("plain", "unbiased")}, "IRM objective", 20
+    ),
     "Backdoor": Space(
         ("--trainer=Backdoor",), KNOBS | {"adjustment": ("offset", "weights")}, ENTROPY
     ),
@@ -130,18 +136,9 @@ def train_and_measure(
     arguments: tuple[str, ...], knobs: tuple[tuple, ...], criterion: str, seed: int
 ) -> tuple[float, float]:
     """Train a network; its criterion on the digits held out, and its test accuracy."""
-    knobs = dict(knobs)
-    epsilon = knobs.pop("epsilon", OURS["epsilon"])
-    flags = [f"--{knob}={value}" for knob, value in knobs.items()]
-
-    class Adam(trainer.Adam):
-        def __init__(self, *settings):
-            super().__init__(*settings)
-            self.settings["eps"] = epsilon
-
-    with mock.patch.object(trainer, "Adam", Adam):
-        arguments = [*arguments, *flags, f"--seed={seed}", "--repetitions=1"]
-        ((data, network, loss, _, held_out),) = experiment(arguments)
+    flags = [f"--{knob}={value}" for knob, value in knobs]
+    arguments = [*arguments, *flags, f"--seed={seed}", "--repetitions=1"]
+    ((data, network, loss, _, held_out),) = experiment(arguments)
     logits = predict(network, held_out)
     criteria = {
         "mean risk": lambda: loss.risks(logits, held_out).mean(),

@@ -5,7 +5,7 @@ python benchmarks/student_numbers.py --numbers 1000
 Each number is a fresh clone: its own draw of the data, then what `exp-mnist.py --seed NUMBER` does
 on the CPU; each network is also tested on digits that nothing was trained or chosen on. More flags
 are passed on to exp-mnist.py. Writes figures/student_numbers.csv and draws the figure beside it;
-`--from figures/student_numbers.csv` only draws.
+`--from figures/student_numbers.csv` only draws, `--resume` adds to that table.
 """
 
 import argparse
@@ -33,16 +33,22 @@ def accuracies(student_number: int, trainer: str, options: tuple[str, ...]) -> l
     return results
 
 
-def compute(count: int, options: list[str], scheduler: str | None) -> list[dict]:
-    """A row for each number, trainer and repetition, in the order of the numbers."""
+def compute(count: int, options: list[str], scheduler: str | None, known: list[dict]) -> list[dict]:
+    """A row for each number, trainer and repetition, in the order of the numbers.
+
+    Numbers and trainers that have rows in `known` are not computed again.
+    """
     numbers = random.Random(0).sample(range(10000), 10000)[:count]
-    jobs = [(student, trainer, tuple(options)) for student in numbers for trainer in GRADED]
-    results = dict(run_jobs(accuracies, jobs, scheduler))
-    return [
-        dict(zip(COLUMNS, (*job[:2], repetition, *values), strict=True))
-        for job in jobs
-        for repetition, values in enumerate(results[job], 1)
-    ]
+    rows = {(student, trainer): [] for student in numbers for trainer in GRADED}
+    for row in known:
+        rows.setdefault((row["number"], row["trainer"]), []).append(row)
+    jobs = [(*key, tuple(options)) for key, found in rows.items() if not found]
+    for job, results in run_jobs(accuracies, jobs, scheduler):
+        rows[job[:2]] = [
+            dict(zip(COLUMNS, (*job[:2], repetition, *values), strict=True))
+            for repetition, values in enumerate(results, 1)
+        ]
+    return [row for found in rows.values() for row in found]
 
 
 def read(path: Path) -> list[dict]:
@@ -121,6 +127,7 @@ def main() -> None:
     add("--numbers", type=number(int, 1, 10000), default=100, help="how many (default: 100)")
     add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, compute nothing")
     add("--table", type=Path, default=figures / "student_numbers.csv", help="table to write")
+    add("--resume", action="store_true", help="keep the rows that the table has already")
     add("--figure", type=Path, default=figures / "student_numbers.png", help="figure to write")
     add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
@@ -128,7 +135,8 @@ def main() -> None:
         rows = read(args.source)
     else:
         parse_arguments("", options)  # to refuse what can't be run before anything is
-        rows = compute(args.numbers, options, args.scheduler)
+        known = read(args.table) if args.resume and args.table.exists() else []
+        rows = compute(args.numbers, options, args.scheduler, known)
         with written_whole(args.table) as partial, open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()

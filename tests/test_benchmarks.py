@@ -96,6 +96,25 @@ def test_killed_sweep_goes_on(project, start):
     assert rows[0] == "number,trainer,repetition,test,unseen" and len(rows) == 1 + 3 * JOBS
 
 
+def test_table_is_added_to(project, start):
+    """Where kept results are gone, as on another machine, only what it lacks is computed."""
+    whole = finish(start(*SWEEP, "--table", "whole.csv")) and (project / "whole.csv").read_text()
+    part = [line for line in whole.splitlines() if ",groupDRO," not in line]
+    (project / "part.csv").write_text("\n".join(part) + "\n")
+    shutil.rmtree(project / "data" / "jobs")
+    finish(start(*SWEEP, "--table", "part.csv", "--resume"))
+    assert len(kept(project)) == JOBS // 2
+    assert (project / "part.csv").read_text() == whole
+
+
+def test_kept_results_outlive_a_comment(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    logic = importlib.import_module("jobs").logic
+    code = 'def f(x):\n    """What."""\n    return x + 1\n'
+    assert logic(code) == logic('"""Doc."""\ndef f(x):  # why\n\n    return (x + 1)\n')
+    assert logic(code) != logic(code.replace("1", "2"))
+
+
 def test_cluster_that_loses_a_worker_gives_the_same_table(project, start):
     local = finish(start(*SWEEP, "--table", "local.csv"))
     shutil.rmtree(project / "data" / "jobs")
