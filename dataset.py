@@ -16,7 +16,6 @@ from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
 
 # Of the value / 255, in the red and the green channel; blue is 0 throughout.
 MEAN, STD = 0.1307, 0.3081
-SHIFT, SCALE = torch.tensor(-MEAN / STD), 1 / (255 * STD)
 CHUNK = 2000  # images made into floats at a time when all of them are passed through a network
 
 
@@ -91,7 +90,8 @@ class Digits:
                 images = images.flatten(2).roll(28 * down + right, 2).view_as(images)
             if floats is None or len(floats) != len(index):
                 floats = torch.empty_like(images, dtype=torch.float32)
-            torch.add(SHIFT, floats.copy_(images), alpha=SCALE, out=floats)
+                black = floats.new_tensor(-MEAN / STD)
+            torch.add(black, floats.copy_(images), alpha=1 / (255 * STD), out=floats)
             yield Batch(floats.flatten(1), self.labels[index], self.colors[index], self.envs[index])
 
 
