@@ -5,7 +5,7 @@ import functools
 import inspect
 import runpy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -184,25 +184,28 @@ def parse_arguments(
     Flags are made from the signatures of `train`, of the losses and the networks (also a plugin's),
     and of the functions `of`; `switches` are flags without a value, and their help.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--plugin", metavar="FILE", help="Python file to run first, see README.md")
-    plugin = first.parse_known_args(arguments)[0].plugin
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,  # until all flags are known
+    )
+    add = parser.add_argument
+    add("--plugin", metavar="FILE", help="Python file to run first, see README.md")
+    plugin = parser.parse_known_args(arguments)[0].plugin
     if plugin:
         run_plugin(plugin)
     for name, default, table in (("trainer", "ERM", TRAINERS), ("network", "MLP", NETWORKS)):
         known = {key.lower(): key for key in table}
         options = {"type": lambda text, known=known: known.get(text.lower(), text)}
-        options |= {"default": default, "choices": list(table), "help": "or a plugin's"}
-        first.add_argument(f"--{name}", **options)
-    chosen, _ = first.parse_known_args(arguments)
-    trainer, network, classes = chosen.trainer, chosen.network, TRAINERS | NETWORKS
-    parser = argparse.ArgumentParser(
-        description=description,
-        parents=[first],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+        add(f"--{name}", **options, default=default, choices=list(table), help="or a plugin's")
+    chosen, _ = parser.parse_known_args(arguments)
+    trainer, network, classes = (
+        TRAINERS[chosen.trainer],
+        NETWORKS[chosen.network],
+        TRAINERS | NETWORKS,
     )
-    add = parser.add_argument
+    add("-h", "--help", action="help", help="show this and exit")
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     add("--repetitions", type=number(int, 1), default=3, help="trainings, each with its own draws")
     add("--dataset_path", default="./data", help="folder of the folder ColoredMNIST")
@@ -213,20 +216,19 @@ def parse_arguments(
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
     for name, text in switches.items():
         add(f"--{name}", action="store_true", help=text)
-    for name in flags_of(classes[trainer]).keys() & flags_of(classes[network]).keys():
-        parser.error(f"{trainer} and {network} both have an argument called {name}: rename one")
-    of_classes = {}  # those of all, for --help and ./run.sh; the chosen ones' count
-    for cls in (*classes.values(), classes[network], classes[trainer]):
-        of_classes |= flags_of(cls)
-    for flags in (*map(flags_of, (train, *of)), of_classes):
-        for name, options in flags.items():
+    for function in (train, *of, trainer, network):
+        for name, options in flags_of(function).items():
             try:
                 add(f"--{name}", **options)
             except argparse.ArgumentError:
-                parser.error(f"a plugin's argument is called {name}, as a flag is: rename it")
+                parser.error(f"two arguments are called {name}: rename the plugin's")
+    for cls in classes.values():  # those that are not chosen: for --help, and for ./run.sh
+        for name, options in flags_of(cls).items():
+            with suppress(argparse.ArgumentError):
+                add(f"--{name}", **options)
     own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in classes.items() if cls.defaults]
     parser.epilog = f"Defaults of their own: {'; '.join(own)}"
-    parser.set_defaults(**classes[trainer].defaults | classes[network].defaults)
+    parser.set_defaults(**trainer.defaults | network.defaults)
     return parser.parse_args(arguments)
 
 
