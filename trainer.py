@@ -200,11 +200,8 @@ def parse_arguments(
         options = {"type": lambda text, known=known: known.get(text.lower(), text)}
         add(f"--{name}", **options, default=default, choices=list(table), help="or a plugin's")
     chosen, _ = parser.parse_known_args(arguments)
-    trainer, network, classes = (
-        TRAINERS[chosen.trainer],
-        NETWORKS[chosen.network],
-        TRAINERS | NETWORKS,
-    )
+    trainer, network = TRAINERS[chosen.trainer], NETWORKS[chosen.network]
+    classes = TRAINERS | NETWORKS
     add("-h", "--help", action="help", help="show this and exit")
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     add("--repetitions", type=number(int, 1), default=3, help="trainings, each with its own draws")
