@@ -4,7 +4,7 @@ import itertools
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,14 +44,11 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.images, self.labels, self.colors, self.envs))
-
     def __getitem__(self, index: Tensor) -> "Digits":
-        return Digits(*(tensor[index.to(tensor.device)] for tensor in self))
+        return Digits(*(t[index.to(t.device)] for t in vars(self).values()))
 
     def to(self, device: torch.device) -> "Digits":
-        return Digits(*(tensor.to(device) for tensor in self))
+        return Digits(*(tensor.to(device) for tensor in vars(self).values()))
 
     def recolored(self) -> "Digits":
         """The same digits in the other colour: channels exchanged."""
@@ -66,26 +63,22 @@ class Digits:
         return self.batches(torch.arange(len(self)).chunk(-(-len(self) // CHUNK)))
 
     def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
-        """Endless minibatches, as `batches` gives them; all of them are smaller if there are fewer.
+        """Endless minibatches of `size`, or of all digits if they are fewer.
 
-        Each pass through the digits is without replacement and in a new order; what is left of it
-        below `size` is dropped. Each minibatch is moved, by up to `shift` pixels up or down and as
-        many to the left or right.
+        Each pass is without replacement and in a new order; what is left of it is dropped. Each
+        minibatch is moved by up to `shift` pixels up or down and as many to the left or right.
         """
         size, count = min(size, len(self)), len(self)
         passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())
         return self.batches((index for order in passes for index in order.split(size)), shift)
 
     def batches(self, indices: Iterable[Tensor], shift: int = 0) -> Iterator[Batch]:
-        """The digits at each of `indices` (N,). Each batch overwrites the images of the last one.
-
-        For speed: asking the system for new memory takes longer than filling it.
-        """
-        floats = None
+        """The digits at each of `indices` (N,); each overwrites the images of the one before."""
+        floats = None  # for all batches, as filling is faster than allocating
         for index in indices:
             index = index.to(self.images.device)
             images = self.images.index_select(0, index)
-            if shift:
+            if shift:  # what leaves on the right, black in most digits, enters on the left
                 down, right = torch.randint(-shift, shift + 1, (2,)).tolist()
                 images = images.flatten(2).roll(28 * down + right, 2).view_as(images)
             if floats is None or len(floats) != len(index):
@@ -97,7 +90,7 @@ class Digits:
 
 def concatenate(parts: Iterable[Digits]) -> Digits:
     """Several sets of digits as one, in their order."""
-    return Digits(*map(torch.cat, zip(*parts, strict=True)))
+    return Digits(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
 
 
 class Dataset(NamedTuple):
@@ -139,9 +132,7 @@ def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
     refuse(missing, f"{folder} lacks {missing}: put it there, or {anew}")
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
     refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
-    training, validation, test = digits
-    if not framework:
-        training, validation = concatenate(digits[:2]), None
+    training, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
     one_label = any(part.labels.min() == part.labels.max() for part in (training, test))
     refuse(one_label, f"{folder} has images of one label only: {anew}")
     return Dataset(training, validation, test, f"{folder}, {forms[0]}")
@@ -152,7 +143,6 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
 
     The project's own form is a dict, the course project's a list of (image, label, colour); the
     course framework's is [images, labels] or, where `env` is None, [images, labels, environments].
-
     Raises UserError, naming the file and the remedy, if it is damaged or holds anything else.
     """
     try:
@@ -183,13 +173,12 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
             form = "tuples of (image, label, colour) (the course project's form)"
         envs = envs[0] if envs else torch.full((len(labels),), env)
         form += "" if checked else ", in torch's old format, which has no checksums"
-        return checked_digits(images, labels, colors, envs, 1 if env is None else 2), form
+        return checked_digits(1 if env is None else 2, images, labels, colors, envs), form
     except Exception as error:  # whatever a stranger's bytes may provoke
         known = isinstance(error, (UserError, OSError))
         reason = error if known else "it is damaged, or of no known form"
-        raise UserError(
-            f"{path} cannot be used ({reason}): replace it, or delete {path.parent} to draw it anew"
-        ) from None
+        remedy = f"replace it, or delete {path.parent} to draw it anew"
+        raise UserError(f"{path} cannot be used ({reason}): {remedy}") from None
 
 
 IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
@@ -206,15 +195,13 @@ def denormalized(images: Tensor) -> Tensor:
     return grey.to(torch.uint8).view(-1, 3, 28, 28)
 
 
-def checked_digits(
-    images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor, last: int
-) -> Digits:
-    """RGB images (N, 3, 28, 28) as Digits; UserError for other shapes, types or values."""
+def checked_digits(last: int, *fields: Tensor) -> Digits:
+    """`Digits` of RGB images (N, 3, 28, 28); UserError for other shapes, types or values."""
+    images, labels, colors, envs = fields
     refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28), IMAGES)
     refuse(len(images) < 2, "it needs two images or more")
     for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
-        known = torch.isin(values.double(), torch.arange(high + 1.0)).all()
-        fit = known and values.shape == images.shape[:1]
+        fit = values.shape == images.shape[:1] and {*values.tolist()} <= {*range(high + 1)}
         refuse(not fit, f"its {name} are not whole numbers from 0 to {high}, one for each image")
     dark = images[torch.arange(len(images)), colors.long()].any() or images[:, 2].any()
     refuse(dark, "a digit is not in its colour's channel alone")
@@ -226,8 +213,7 @@ class PickledImage:
 
     def __setstate__(self, state: list) -> None:
         _, mode, size, _, self.data = state[:5]
-        wrong = mode != "RGB" or tuple(size) != (28, 28) or len(self.data) != 3 * 28 * 28
-        refuse(wrong, IMAGES)
+        refuse((mode, *size, len(self.data)) != ("RGB", 28, 28, 3 * 28 * 28), IMAGES)
 
 
 class PickledType:
@@ -248,27 +234,18 @@ def pickled_number(dtype: PickledType, data: bytes) -> int | bool:
 
 
 STAND_INS = [(PickledImage, "PIL.Image.Image"), (PickledType, "numpy.dtype")]
-for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    STAND_INS.append((pickled_number, f"{module}.scalar"))
+STAND_INS += [(pickled_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 class ColoredMNIST(torch.utils.data.Dataset):
     """The data with torchvision's dataset interface, for a training loop of one's own.
 
-    Args:
-        root: folder that holds, or is to hold, the folder ColoredMNIST.
-        env: "train1", "train2", "test" or "all_train".
-        transform, target_transform: applied to the PIL image and to the label.
-
-    Items are (image, target, colour): target 0 or 1, colour 1 for red and 0 for green.
+    `root` is the folder of the folder ColoredMNIST, `env` train1, train2, test or all_train. Items
+    are (PIL image, label, colour), the first two transformed, colour 1 for red and 0 for green.
     """
 
     def __init__(
-        self,
-        root: str | Path = "./data",
-        env: str = "train1",
-        transform: Callable | None = None,
-        target_transform: Callable | None = None,
+        self, root: str | Path = "data", env: str = "train1", transform=None, target_transform=None
     ):
         if env not in (*ENVIRONMENTS, "all_train"):
             raise ValueError(f"env {env!r} is none of train1, train2, test, all_train")
@@ -283,7 +260,7 @@ class ColoredMNIST(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple:
         from PIL import Image
 
-        image, label, color, _ = (tensor[index] for tensor in self.digits)
+        image, label, color, _ = (t[index] for t in vars(self.digits).values())
         rgb = torch.nn.functional.pad(image.movedim(0, 2), (0, 1))
         image, target = Image.fromarray(rgb.numpy()), int(label)
         image = self.transform(image) if self.transform else image

@@ -32,8 +32,7 @@ def main() -> None:
         flip_rates.append(((logits > 0) != (recolored > 0)).double().mean().item())
         print(f"Test result: {results[-1]}")
         print(f"Flip rate: {flip_rates[-1]}", flush=True)
-        if args.save_model:
-            save(network, args, repetition)
+        save(network, args, repetition)
 
     print(f"Mean flip rate: {fmean(flip_rates)}")
     print(f"Summary: {summarize(results)}")

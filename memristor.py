@@ -32,10 +32,8 @@ except ImportError:
     memtorch = None
 
 TIME_SERIES_RESOLUTION = 1e-10  # seconds, of the VTEAM devices
-# The inputs of a layer may exceed those of the calibration by this factor before they are cut off.
-HEADROOM = 1.25
-# How many times as long as the training before it hardening takes.
-HARDENING = 3
+HEADROOM = 1.25  # by which inputs may exceed those of the calibration before they are cut off
+HARDENING = 3  # times as long as the training before it
 
 
 def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
@@ -62,9 +60,8 @@ def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
     """A linear ADC without overflow, in place, as MemTorch's `quantize` does it row by row.
 
-    Args:
-        currents: (..., columns of one tile). The step is the power of two at which the largest
-            magnitude of the row just fits into `bits` bits, sign included.
+    The step is the power of two at which the largest magnitude of a row (..., columns of one tile)
+    just fits into `bits` bits, sign included.
     """
     largest = currents.abs().amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(largest + 1e-12)
@@ -96,10 +93,7 @@ class CrossbarLayer(nn.Module):
         return F.unfold(inputs, self.layer.kernel_size).transpose(1, 2).flatten(0, 1)
 
     def read(self, voltages: Tensor) -> Tensor:
-        """(N, rows) → currents (N, columns): each tile's through its own ADC, added up.
-
-        What MemTorch's `tiled_inference` computes for one sample at a time.
-        """
+        """(N, rows) → currents (N, columns), as MemTorch's `tiled_inference` has one sample's."""
         height, width = self.tiles.shape[-2:]
         total = voltages.new_zeros(len(voltages), self.grid.shape[1], width)
         for volts, row in zip(voltages.split(height, 1), self.grid, strict=True):
@@ -115,13 +109,10 @@ class CrossbarLayer(nn.Module):
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
         """Set the range of the inputs, and gain and offset of each output.
 
-        Args:
-            inputs: what reaches this layer on the crossbar, (N, in) or (N, channels, H, W).
-            digital_inputs: what reaches it in the digital network.
+        Inputs, (N, in) or (N, channels, H, W), are those of the crossbar and the digital network.
         """
         rows = self.rows(inputs)
-        weight = self.layer.weight.detach().flatten(1)
-        wanted = self.rows(digital_inputs) @ weight.T
+        wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
         self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()
         currents = self.currents(rows)
         # Columns whose current does not vary, such as those of dead inputs, have gain 0.
@@ -130,8 +121,7 @@ class CrossbarLayer(nn.Module):
         covariance = (centered * wanted).mean(0)
         self.gain = torch.where(variance > 0, covariance / variance, 0)
         self.offset = wanted.mean(0) - self.gain * currents.mean(0)
-        if self.layer.bias is not None:
-            self.offset = self.offset + self.layer.bias.detach()
+        self.offset += 0 if self.layer.bias is None else self.layer.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
         outputs = self.currents(self.rows(inputs)) * self.gain + self.offset
@@ -176,19 +166,15 @@ def to_crossbar(
             mean, 0 to 1
         fault_seed: seed of stuck devices and variability
 
-    Raises:
-        UserError: MemTorch is not installed, or the resistances or the proportions contradict.
+    Raises UserError without MemTorch, or where resistances, proportions or layers don't fit.
     """
     check(r_on, r_off, lrs_proportion, hrs_proportion)
-    plain = all(
-        (layer.stride, layer.padding, layer.dilation, layer.groups) == ((1, 1), (0, 0), (1, 1), 1)
-        for layer in network.phi
-        if isinstance(layer, nn.Conv2d)
-    )
+    simple = ((1, 1), (0, 0), (1, 1), 1)
+    convolutions = [layer for layer in network.phi if isinstance(layer, nn.Conv2d)]
+    plain = all((c.stride, c.padding, c.dilation, c.groups) == simple for c in convolutions)
     flat = not any(isinstance(layer, nn.Sequential) for layer in network.phi)
     what = "a flat nn.Sequential, of convolutions without stride or padding"
     refuse(not (plain and flat), f"a crossbar can't be made of this network: it takes {what}")
-    images = images.cpu()
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
     # MemTorch reads 1T1R cells from the crossbar's matrix alone: no need to write each into its
@@ -207,7 +193,7 @@ def to_crossbar(
         )
     # MemTorch draws the stuck devices from NumPy's global generator.
     np.random.seed(fault_seed)
-    inputs = digital_inputs = images
+    inputs = digital_inputs = images.cpu()
     with torch.no_grad():
         for index, layer in enumerate(crossbar.phi):
             if hasattr(layer, "crossbars"):
@@ -285,11 +271,8 @@ class Imitation(ERM):
 def harden(network: Network, training: Digits, **options) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
-    Args:
-        network: what to imitate; left as it is.
-        training: digits to imitate it on, in both colours.
-        options: of the training before (`trainer.train`), but `HARDENING` times as long, and with
-            the weights of the last quarter averaged.
+    It imitates the network on `training` in both colours, with the `options` of `trainer.train`
+    before, but `HARDENING` times as long, and with the weights of the last quarter averaged.
     """
     options |= {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
     print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
@@ -321,8 +304,7 @@ def main() -> None:
         network, _, training, _ = trainer.train_repetition(args, data, repetition)
         if args.harden:
             network = harden(network, training, **trainer.arguments_of(trainer.train, args))
-        if args.save_model:
-            trainer.save(network, args, repetition, "_hardened" if args.harden else "")
+        trainer.save(network, args, repetition, "_hardened" if args.harden else "")
         digital.append(trainer.evaluate(network, data.test))
         print(f"Test result: {digital[-1]}")
         images = next(training.chunks()).images

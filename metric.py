@@ -8,12 +8,7 @@ from torch import Tensor
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Scores of the prediction "1 where the logit is above 0", each 0 to 1.
-
-    Args:
-        logits: (N,).
-        labels: (N,), 0 or 1. Where only one of them occurs, "AUC" is nan.
-    """
+    """Scores, 0 to 1, of "1 where the logit (N,) is above 0"; of one label only, AUC is nan."""
     truth, scores = labels.cpu().numpy(), logits.cpu().numpy()
     return {
         "Accuracy": float(accuracy_score(truth, scores > 0)),

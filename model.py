@@ -17,15 +17,13 @@ DropRate = Annotated[float, number(float, 0, 0.99)]
 
 
 class Network(nn.Module):
-    """Layers that compute the logit Φ(x), then the frozen scalar output layer w = 1.
+    """Layers `phi`, (N, channels · 784) → logit Φ(x) (N, 1), then the frozen scalar w = 1.
 
-    Args:
-        phi: the layers, (N, channels · 784) → (N, 1). Weights are drawn as in the code of Arjovsky
-            et al. 2019 (Glorot & Bengio 2010), biases are 0.
+    Weights are drawn as in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010), biases are 0.
+    Two channels are red and green, one is for a network that can't see colour.
     """
 
-    # Of the command line's arguments, in place of what the trainer and the signatures say.
-    defaults = {}
+    defaults = {}  # of the command line's arguments, in place of what the signatures say
 
     def __init__(self, phi: nn.Sequential):
         super().__init__()
@@ -50,7 +48,6 @@ class MLP(Network):
     from Glorot's bound for 1568 inputs, not for the assignment's 2352: it is 22 % wider.
 
     Args:
-        channels: 2 (red and green), or 1 for a network that can't see colour.
         hidden_dim: units of each hidden layer (MLP)
         bias: give the layers biases (MLP)
         batchnorm: normalise hidden layers over the minibatch (MLP)
@@ -82,9 +79,7 @@ class Loss:
     between steps. An environment that a minibatch lacks has risk and penalty 0 in it.
     """
 
-    # Of the command line's arguments, in place of what the signatures say: what
-    # benchmarks/selection.py chose on samples held out of the training environments.
-    defaults = {}
+    defaults = {}  # of the command line's arguments, in place of what the signatures say
     environments = 2
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -200,7 +195,6 @@ class CNN(Network):
     """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
 
     Args:
-        channels: 2 (red and green), or 1 for a network that can't see colour.
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
     """
 

@@ -6,12 +6,11 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 import argparse
 import inspect
 import math
-import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
@@ -37,9 +36,7 @@ def refuse(condition: object, reason: str) -> None:
         raise UserError(reason)
 
 
-def number(
-    kind: type, low: float, high: float = math.inf, above: bool = False
-) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
     """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
     bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
     what = f"a {'whole ' if kind is int else ''}number {bounds}"
@@ -54,23 +51,20 @@ def number(
     return parse
 
 
-def flags_of(function: Callable) -> dict[str, dict]:
-    """A flag's options for each argument of a function or a class that has a default.
+def flags_of(function: Callable) -> Iterator[tuple[str, dict]]:
+    """Name and options of a flag for each argument with a default of a function or a class.
 
     Its type, or what parses and checks it, is in the annotation, its help in the docstring.
     """
     text = inspect.getdoc(function) or ""
     helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.M))
-    flags = {}
     for name, parameter in inspect.signature(function).parameters.items():
         default, hint = parameter.default, parameter.annotation
         if default is parameter.empty or name == "channels":  # what --grayscale decides
             continue
-        kind = hint if hint in (int, float, str) else type(default)
-        options = {"type": kind, "default": default}
+        options = {"type": hint if hint in (int, float, str) else type(default)}
         if isinstance(default, bool):
-            action = argparse.BooleanOptionalAction if default else "store_true"
-            options = {"action": action, "default": default}
+            options = {"action": argparse.BooleanOptionalAction if default else "store_true"}
         elif get_origin(hint) is Literal:
             options["choices"] = get_args(hint)
         elif get_origin(hint) is Annotated:
@@ -78,8 +72,7 @@ def flags_of(function: Callable) -> dict[str, dict]:
             if isinstance(default, tuple):
                 options["nargs"] = "+" if ... in get_args(hint.__origin__) else len(default)
         described = " ".join(helps.get(name, f"of {function.__name__}").split())
-        flags[name] = options | {"help": described.replace("%", "%%")}
-    return flags
+        yield name, options | {"default": default, "help": described.replace("%", "%%")}
 
 
 # Values of arguments, as the command line checks them.
@@ -100,14 +93,12 @@ def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock or nullcontext():
-            try:
-                remove(partial)  # of a run that was killed
-                yield partial
-                if partial.exists():
-                    os.replace(partial, path)
-            finally:
-                remove(partial)
+        with lock or nullcontext(), ExitStack() as leftovers:
+            remove(partial)  # of a run that was killed
+            leftovers.callback(remove, partial)
+            yield partial
+            if partial.exists():
+                partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
         reason = "the disk may be full" if "inline_container" in str(error) else error
         raise UserError(f"cannot write {path}: {reason}".split("\n")[0]) from None
@@ -121,15 +112,14 @@ def remove(path: Path) -> None:
 def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
     """MNIST's "train" or "test" part: images (N, 28, 28) uint8 and digits (N,) uint8.
 
-    Read from the file that comes with the project; UserError if that is missing or damaged.
+    UserError if the file that comes with the project is missing or damaged.
     """
     try:
         with np.load(MNIST) as archive:
-            images, digits = (torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
+            return tuple(torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
     except Exception as error:  # whatever damaged bytes may provoke
         reason = f"{MNIST} is missing or damaged ({error})".split("\n")[0]
         raise UserError(f"{reason}: get it again with the project") from None
-    return images, digits
 
 
 def color_digits(
@@ -138,10 +128,8 @@ def color_digits(
     """One environment: MNIST's images (N, 28, 28) uint8 and digits (N,), coloured.
 
     A label is that of its digit (0 for 0-4, 1 for 5-9), but flipped with probability `p_f`; a
-    colour id is the label, but flipped with probability `p_e` (assignment, data set).
-
-    Returns:
-        "images" (N, 3, 28, 28), "labels" (N,) and "colors" (N,), all uint8; colour 1 is red.
+    colour id, 1 for red, is the label, but flipped with probability `p_e` (assignment, data set).
+    Images become (N, 3, 28, 28); all three are uint8.
     """
     count = len(digits)
     labels = (digits >= 5) ^ (torch.rand(count, generator=generator) < p_f)
@@ -152,7 +140,7 @@ def color_digits(
 
 
 def draw_environments(
-    dataset_path: Path,
+    dataset_path: Path = Path("data"),
     *,
     p_f: Proportion = P_F,
     p_e: Annotated[tuple[float, float, float], number(float, 0, 1)] = P_E,
@@ -165,6 +153,7 @@ def draw_environments(
     Each of train1, train2 and test is a part of MNIST in its order.
 
     Args:
+        dataset_path: folder of the folder ColoredMNIST
         p_f: probability of flipping a label, 0 to 1
         p_e: probabilities that the colour is not the label, 0 to 1, of train1, train2 and test
         sizes: digits of train1, train2 and test
@@ -217,9 +206,7 @@ def main() -> None:
         description="Draw the three environments of ColoredMNIST.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    path = "folder of the folder ColoredMNIST"
-    parser.add_argument("--dataset_path", type=Path, default="data", help=path)
-    for name, options in flags_of(draw_environments).items():
+    for name, options in flags_of(draw_environments):
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
     folder = args.dataset_path / "ColoredMNIST"

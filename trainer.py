@@ -2,10 +2,9 @@
 
 import argparse
 import functools
-import inspect
 import runpy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -18,17 +17,7 @@ from tqdm import tqdm
 from dataset import Dataset, Digits, load_dataset
 from metric import metrics
 from model import Loss, Network
-from preprocessing import (
-    Amount,
-    Count,
-    Positive,
-    Proportion,
-    UserError,
-    flags_of,
-    number,
-    refuse,
-    written_whole,
-)
+from preprocessing import Amount, Count, Positive, flags_of, number, refuse, written_whole
 from register import NETWORKS, TRAINERS
 
 DIVERGED = "training diverged: {} is nan or infinite at iteration {}; lower --learning_rate"
@@ -36,12 +25,13 @@ DIVERGED = "training diverged: {} is nan or infinite at iteration {}; lower --le
 
 @contextmanager
 def fast_products() -> Iterator[None]:
-    """Matrix products of bfloat16 with sums of float32, where a processor has them."""
+    """Matrix products of bfloat16 numbers (TF32 on a GPU), where the processor has them."""
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.set_float32_matmul_precision(precision)
 
 
 def train(
@@ -56,7 +46,7 @@ def train(
     weight_decay: Amount = 0.0,
     epsilon: Positive = 1e-4,
     max_gradient_norm: Amount = 0.1,
-    average_last: Proportion = 0.25,
+    average_last: Annotated[float, number(float, 0, 1)] = 0.25,
     shift: Annotated[int, number(int, 0, 13)] = 1,
     evaluation_steps: Count = 100,
 ) -> Network:
@@ -85,10 +75,10 @@ def train(
     optimizer = Adam(network.parameters(), learning_rate, **settings)
     average = AveragedModel(network)
     first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
-    network.train()
     batches = training.minibatches(batch_size, shift)
     for step in tqdm(range(1, iteration + 1), disable=None, leave=False):
         batch = next(batches)
+        network.train()
         with fast_products():
             logits = network(batch.images)
             objective = loss(logits, batch)
@@ -105,7 +95,6 @@ def train(
             line = f"Iteration {step}: objective {objective:.4f}; loss of {risks}"
             if validation is not None:
                 line += f"; validation {evaluate(network, validation)}"
-                network.train()
             print(line, flush=True)
     finite = all(parameter.isfinite().all() for parameter in network.parameters())
     refuse(not finite, DIVERGED.format("a weight", iteration))
@@ -135,10 +124,11 @@ def evaluate(network: nn.Module, digits: Digits) -> dict[str, float]:
 
 
 def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: str = "") -> None:
-    """Write the weights, and the arguments that they came of, to `--save_model`."""
+    """Write the weights, and the arguments that they came of, to `--save_model`, if given."""
     name = f"{args.trainer}_{args.network}{kind}_seed{args.seed}_repetition{repetition}.pt"
-    with written_whole(Path(args.save_model) / name) as partial:
-        torch.save({"arguments": vars(args), "state_dict": network.state_dict()}, partial)
+    if args.save_model:
+        with written_whole(Path(args.save_model) / name) as partial:
+            torch.save({"arguments": vars(args), "state_dict": network.state_dict()}, partial)
 
 
 def load(args: argparse.Namespace) -> Dataset:
@@ -146,7 +136,7 @@ def load(args: argparse.Namespace) -> Dataset:
     try:
         Path(args.save_model or ".").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--save_model: {args.save_model}: {error.strerror}") from None
+        refuse(error, f"--save_model: {args.save_model}: {error.strerror}")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
@@ -156,13 +146,10 @@ def load(args: argparse.Namespace) -> Dataset:
 
 
 def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -> tuple:
-    """One repetition of exp-mnist.py up to its test, for what goes on from there.
-
-    Returns the trained network, its loss, and the digits of training and of validation.
-    """
-    network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
+    """As in exp-mnist.py: the trained network, its loss, digits of training and validation."""
     torch.manual_seed(1000 * args.seed + repetition - 1)
     training, validation = data.hold_out(args.validation)
+    network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
     network = network(channels=1 if args.grayscale else 2, **arguments_of(network, args))
     network, loss = network.to(training.images.device), loss(**arguments_of(loss, args))
     trained = train(network, loss, training, validation, **arguments_of(train, args))
@@ -171,9 +158,7 @@ def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
     """Those of the command line's arguments that a function or a class has a default for."""
-    parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.default is not p.empty and hasattr(args, p.name)]
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name, _ in flags_of(function) if name in args}
 
 
 def parse_arguments(
@@ -192,9 +177,7 @@ def parse_arguments(
     )
     add = parser.add_argument
     add("--plugin", metavar="FILE", help="Python file to run first, see README.md")
-    plugin = parser.parse_known_args(arguments)[0].plugin
-    if plugin:
-        run_plugin(plugin)
+    run_plugin(parser.parse_known_args(arguments)[0].plugin)
     for name, default, table in (("trainer", "ERM", TRAINERS), ("network", "MLP", NETWORKS)):
         known = {key.lower(): key for key in table}
         options = {"type": lambda text, known=known: known.get(text.lower(), text)}
@@ -213,16 +196,14 @@ def parse_arguments(
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
     for name, text in switches.items():
         add(f"--{name}", action="store_true", help=text)
-    for function in (train, *of, trainer, network):
-        for name, options in flags_of(function).items():
+    used = (train, *of, trainer, network)  # the others' flags: for --help, and for ./run.sh
+    for function in dict.fromkeys((*used, *classes.values())):
+        for name, options in flags_of(function):
             try:
                 add(f"--{name}", **options)
             except argparse.ArgumentError:
-                parser.error(f"two arguments are called {name}: rename the plugin's")
-    for cls in classes.values():  # those that are not chosen: for --help, and for ./run.sh
-        for name, options in flags_of(cls).items():
-            with suppress(argparse.ArgumentError):
-                add(f"--{name}", **options)
+                if function in used:
+                    parser.error(f"two arguments are called {name}: rename the plugin's")
     own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in classes.items() if cls.defaults]
     parser.epilog = f"Defaults of their own: {'; '.join(own)}"
     parser.set_defaults(**trainer.defaults | network.defaults)
@@ -230,7 +211,8 @@ def parse_arguments(
 
 
 @functools.cache
-def run_plugin(path: str) -> None:
+def run_plugin(path: str | None) -> None:
     """Run a Python file that adds to TRAINERS or NETWORKS, once; UserError if there is none."""
-    refuse(not Path(path).is_file(), f"--plugin: there is no file {path}")
-    runpy.run_path(path)
+    if path:
+        refuse(not Path(path).is_file(), f"--plugin: there is no file {path}")
+        runpy.run_path(path)

@@ -2,7 +2,8 @@
 
 A sweep's jobs run on all cores, one thread each, or on the workers of a Dask cluster. Each result
 is kept in data/jobs, so that a sweep that was interrupted goes on where it stopped; deleting that
-folder starts afresh. Results of other code (the top level's, or the job's own) are not used.
+folder starts afresh. Results of other code (the top level's, this module's or the script's own) are
+not used.
 """
 
 import argparse
@@ -122,7 +123,8 @@ def plugins(job: tuple) -> list[str]:
 @functools.cache
 def version(function: Callable, *files: str) -> str:
     """Of the code that a function's results depend on, as this process came to know it."""
-    sources = [logic(inspect.getsource(f)) for f in (function, *SHARED)]
+    files_of = dict.fromkeys(map(inspect.getfile, (function, experiment)))
+    sources = [logic(Path(path).read_text("utf-8")) for path in files_of]
     sources += [CODE, torch.__version__.encode(), *(Path(file).read_bytes() for file in files)]
     return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
@@ -206,9 +208,6 @@ def unseen_digits(grayscale: bool = False) -> Digits:
     images, labels, colors = drawn["images"][:, :2].contiguous(), drawn["labels"], drawn["colors"]
     digits = Digits(images, labels.float(), colors.long(), torch.full((len(labels),), 2))
     return digits.grayscale() if grayscale else digits
-
-
-SHARED = (experiment, fresh_data, unseen_digits)  # what results depend on, as on the job's function
 
 
 def save_figure(figure, path: str | Path) -> None:

@@ -3,8 +3,8 @@
 python benchmarks/performance.py
 
 Training: the unit is the time of 1,200 products of the first layer forward and of its weight
-gradient (1024 x 2352 by 2352 x 64), what three repetitions of 400 iterations cannot do without on
-RGB images. Unit and command are measured in turn, as machines are noisy.
+gradient (1024 x 2352 by 2352 x 64) in float32, as three repetitions of 400 iterations make on RGB
+images. Unit and command are measured in turn, as machines are noisy.
 
 Crossbar: conversion, tuning and evaluation of 20,000 samples by MemTorch as it comes (patch_model
 with VTEAM devices and naive scaling, tune_, its own kernel), and by to_crossbar, on one network.

@@ -127,7 +127,8 @@ def main() -> None:
     add("--numbers", type=number(int, 1, 10000), default=100, help="how many (default: 100)")
     add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, compute nothing")
     add("--table", type=Path, default=figures / "student_numbers.csv", help="table to write")
-    add("--resume", action="store_true", help="keep the rows that the table has already")
+    kept = "keep the rows that the table has already, whatever code and flags made them"
+    add("--resume", action="store_true", help=kept)
     add("--figure", type=Path, default=figures / "student_numbers.png", help="figure to write")
     add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
