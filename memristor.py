@@ -153,7 +153,7 @@ def to_crossbar(
 
     Args:
         network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
-        images: (N, inputs), normalised, to calibrate with; a thousand training images are enough.
+        images: (N, inputs), normalised, to calibrate with, such as `calibration_images`.
         tile_shape: rows and columns of a tile
         adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
         r_on: lowest resistance of a device, ohms
@@ -206,6 +206,12 @@ def to_crossbar(
                 layer.calibrate(inputs, digital_inputs)
             inputs, digital_inputs = layer(inputs), digital.phi[index](digital_inputs)
     return crossbar.eval()
+
+
+def calibration_images(training: Digits) -> Tensor:
+    """Up to a thousand training images in both colours, so that no gain is fitted to a colour."""
+    some = training[torch.arange(min(1000, len(training)))]
+    return next(concatenate([some, some.recolored()]).chunks()).images
 
 
 def check(r_on: float, r_off: float, lrs_proportion: float, hrs_proportion: float) -> None:
@@ -307,7 +313,7 @@ def main() -> None:
         trainer.save(network, args, repetition, "_hardened" if args.harden else "")
         digital.append(trainer.evaluate(network, data.test))
         print(f"Test result: {digital[-1]}")
-        images = next(training.chunks()).images
+        images = calibration_images(training)
         crossbar = to_crossbar(network, images, **trainer.arguments_of(to_crossbar, args))
         on_crossbar.append(trainer.evaluate(crossbar, data.test))
         print(f"Crossbar test result: {on_crossbar[-1]}", flush=True)

@@ -24,7 +24,7 @@ import torch
 from jobs import ROOT
 
 from dataset import load_dataset
-from memristor import check, memtorch, to_crossbar
+from memristor import calibration_images, check, memtorch, to_crossbar
 from model import MLP
 from preprocessing import UserError, number, run_command
 from trainer import predict
@@ -81,7 +81,7 @@ def crossbar() -> None:
     data = load_dataset(ROOT / "data")
     torch.manual_seed(0)
     network = MLP().eval()
-    images = next(data.training.chunks()).images
+    images = calibration_images(data.training)
 
     def clock(what) -> tuple[float, torch.nn.Module]:
         start = time.perf_counter()

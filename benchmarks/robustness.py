@@ -54,7 +54,7 @@ def accuracies(
     ((data, network, _, training, _),) = experiment(arguments, only=repetition)
     if hardened:
         network = memristor.harden(network, training, **arguments_of(train, args))
-    images = next(training.chunks()).images.clone()
+    images = memristor.calibration_images(training)
     measured = [[evaluate(network, data.test)["Accuracy"]]]
     for setting in map(dict, settings):
         seeds = range(patterns if RANDOM & setting.keys() else 1)
@@ -115,7 +115,7 @@ def main() -> None:
     results = dict(run_jobs(accuracies, jobs, args.scheduler))
     print(f"| trainer | training | digital | {' | '.join(args.conditions)} |")
     print("| --- " * (3 + len(table)) + "|")
-    curves_of, losses = {}, []
+    curves_of, losses = {}, {trainer: [] for trainer in args.trainers}
     for trainer, hardened in itertools.product(args.trainers, (False, True)):
         measured = {}  # setting → accuracy of each repetition and pattern, in %
         for job in jobs:
@@ -127,14 +127,16 @@ def main() -> None:
                     measured.setdefault(setting, []).extend(100 * value for value in values)
                     if hardened and setting in table:
                         name = args.conditions[table.index(setting)]
-                        losses.append((100 * (digital - min(values)), f"{trainer}, {name}"))
+                        losses[trainer].append((100 * (digital - min(values)), name))
         cells = [f"{fmean(measured[key]):.1f} ({min(measured[key]):.1f})" for key in table]
         kind, digital = "hardened" if hardened else "plain", fmean(measured["digital"])
         print(f"| {trainer} | {kind} | {digital:.1f} | {' | '.join(cells)} |")
         if trainer == args.trainers[0]:
             curves_of[hardened] = measured
-    lost, where = max(losses)
-    print(f"\nHardened, a pattern loses {lost:.1f} points at most of its digital result ({where}).")
+    print("\nWhat a pattern costs a hardened network at most, in points of its digital result:")
+    for trainer, of_trainer in losses.items():
+        lost, where = max(of_trainer)
+        print(f"- {trainer}: {lost:.1f} ({where})")
     if args.figure:
         draw(args.figure, args.trainers[0], curves_of)
 

@@ -24,7 +24,7 @@ from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure
 from matplotlib.figure import Figure
 
 from dataset import concatenate
-from memristor import StuckDevices, harden, to_crossbar
+from memristor import StuckDevices, calibration_images, harden, to_crossbar
 from model import IRM, MLP
 from preprocessing import run_command
 from register import NETWORKS, TRAINERS
@@ -166,7 +166,7 @@ def harden_and_measure(
             hardened = harden(plain, training, **options)
         digits = concatenate([held_out, held_out.recolored()])
         decisions = predict(plain, digits) > 0
-        images = next(training.chunks()).images
+        images = calibration_images(training)
         for on, off in BROKEN:
             broken = {"lrs_proportion": on, "hrs_proportion": off, "fault_seed": seed}
             crossbar = to_crossbar(hardened, images, **broken)

@@ -190,7 +190,7 @@ def test_robustness_table_and_figure(project, start, tmp_path):
     assert plain[:2] == ["IRM", "plain"] and hardened[:2] == ["IRM", "hardened"]
     for row in (plain, hardened):
         assert abs(float(row[2]) - float(row[3].split()[0])) < 2  # nothing is lost in the move
-    assert lines[-2].startswith("Hardened, a pattern loses ")
+    assert lines[-2].startswith("- IRM: ")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -25,6 +25,7 @@ from memristor import (  # noqa: E402
     CrossbarLayer,
     Imitation,
     StuckDevices,
+    calibration_images,
     harden,
     quantize_currents,
     to_crossbar,
@@ -366,3 +367,10 @@ def test_hardened_networks_are_saved_under_a_name_of_their_own(command, dataset_
     assert [path.name for path in tmp_path.glob("*.pt")] == [
         "ERM_MLP_hardened_seed1234_repetition1.pt"
     ]
+
+
+def test_calibration_sees_each_digit_in_both_colors(splits):
+    both = calibration_images(splits[0]).view(2, 1000, 2, 784)
+    assert torch.equal(both[0], both[1].flip(1)) and both[0].std() > 0.5
+    few = splits[0][torch.arange(3)]
+    assert calibration_images(few).shape == (6, 1568)
