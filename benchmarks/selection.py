@@ -127,7 +127,7 @@ SPACES = {
     "Backdoor": Space(
         ("--trainer=Backdoor",), KNOBS | {"adjustment": ("offset", "weights")}, ENTROPY
     ),
-    "CNN": Space(CNN, CNN_KNOBS, ENTROPY, 2),
+    "CNN": Space(CNN, CNN_KNOBS, ENTROPY),
     "hardening": Space((), HARDENING_KNOBS, "disagreement with the plain network", 2),
 }
 
