@@ -60,8 +60,8 @@ def train(
         batch_size: images per minibatch
         learning_rate: step size of Adam
         weight_decay: L2 coefficient of Adam
-        epsilon: what Adam adds to the root of a gradient's mean square; with 1e-8 its first steps
-            leave a third of the first hidden layer without any input that it is active on
+        epsilon: what Adam adds to the root of a gradient's mean square; with 1e-8 a quarter of the
+            first hidden layer is in the end inactive on every image (IRM)
         max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013), as Adam
             would remember IRM's first ones, tens of times as long as later ones; 0: none are
         average_last: average the weights after this last part of the iterations, 0 to 1 (Izmailov
