@@ -17,7 +17,17 @@ from tqdm import tqdm
 from dataset import Dataset, Digits, load_dataset
 from metric import metrics
 from model import Loss, Network
-from preprocessing import Amount, Count, Positive, flags_of, number, refuse, written_whole
+from preprocessing import (
+    Amount,
+    Count,
+    Positive,
+    Proportion,
+    UserError,
+    flags_of,
+    number,
+    refuse,
+    written_whole,
+)
 from register import NETWORKS, TRAINERS
 
 DIVERGED = "training diverged: {} is nan or infinite at iteration {}; lower --learning_rate"
@@ -46,7 +56,7 @@ def train(
     weight_decay: Amount = 0.0,
     epsilon: Positive = 1e-4,
     max_gradient_norm: Amount = 0.1,
-    average_last: Annotated[float, number(float, 0, 1)] = 0.25,
+    average_last: Proportion = 0.25,
     shift: Annotated[int, number(int, 0, 13)] = 1,
     evaluation_steps: Count = 100,
 ) -> Network:
@@ -136,7 +146,7 @@ def load(args: argparse.Namespace) -> Dataset:
     try:
         Path(args.save_model or ".").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        refuse(error, f"--save_model: {args.save_model}: {error.strerror}")
+        raise UserError(f"--save_model: {args.save_model}: {error.strerror}") from None
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")

@@ -197,6 +197,32 @@ def test_training_is_adam(data, limit):
     assert not ours.training
 
 
+class Precise(ERM):
+    """Notes the precision of the products that a step is made of, and fails if told to."""
+
+    def __init__(self, factor=1.0):
+        self.factor, self.noted = factor, set()
+
+    def __call__(self, logits, batch):
+        self.noted.add(torch.get_float32_matmul_precision())
+        return self.factor * super().__call__(logits, batch)
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_only_training_multiplies_fast(data, before):
+    """Whatever a caller had set is there again, also after a training that diverged."""
+    digits, loss = data.training[torch.arange(200)], Precise()
+    torch.set_float32_matmul_precision(before)
+    try:
+        train(MLP(), loss, digits, None, iteration=2)
+        assert loss.noted == {"medium"} and torch.get_float32_matmul_precision() == before
+        with pytest.raises(UserError, match="diverged"):
+            train(MLP(), Precise(float("nan")), digits, None, iteration=2)
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_averaging_gives_the_mean_of_the_last_weights(data):
     torch.manual_seed(0)
     steps = by_hand(MLP(), ERM(), data.training, 5, 512, 1e-3)
