@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure
 from matplotlib.figure import Figure
+from torch import nn
 
 from dataset import concatenate
 from memristor import StuckDevices, calibration_images, harden, to_crossbar
@@ -33,12 +34,23 @@ from trainer import arguments_of, evaluate, parse_arguments, predict, train
 Setting = tuple  # a value for each knob of a space, in its order
 
 
-class ScaledMLP(MLP):
-    """Its first layer's weights start as Glorot's times `init_scale`."""
+class StartedMLP(MLP):
+    """An MLP with a choice of initial weights.
 
-    def __init__(self, channels: int = 2, init_scale: float = 1.0):
+    The first layer's are Glorot's times `init_scale`; the logit's are "drawn" as Glorot's, or
+    "equal" in size.
+    """
+
+    def __init__(
+        self,
+        channels: int = 2,
+        init_scale: float = 1.0,
+        to_logit: Literal["drawn", "equal"] = "equal",
+    ):
         super().__init__(channels)
         self.phi[0].weight.data.mul_(init_scale)
+        if to_logit == "drawn":
+            nn.init.xavier_uniform_(self.phi[-1].weight)
 
 
 class PenaltyIRM(IRM):
@@ -62,8 +74,8 @@ class PenaltyIRM(IRM):
         return self.risks(logits, batch).mean() + self.reg_lambda * (squares / (sizes - 1)).mean()
 
 
-NETWORKS["MLP"], TRAINERS["IRM"] = ScaledMLP, PenaltyIRM
-OURS = {"init_scale": 1.0, "penalty": "plain"}  # knobs that are no flags
+NETWORKS["MLP"], TRAINERS["IRM"] = StartedMLP, PenaltyIRM
+OURS = {"init_scale": 1.0, "to_logit": "equal", "penalty": "plain"}  # knobs that are no flags
 
 
 class Space(NamedTuple):
@@ -100,6 +112,7 @@ KNOBS = {
     "max_gradient_norm": (0.0, 0.1, 1.0),
     "shift": (0, 1, 2),
     "init_scale": (1.0, 0.3, 0.1),
+    "to_logit": ("drawn", "equal"),
     "epsilon": (1e-8, 1e-4, 1e-3),
 }
 CNN_KNOBS = {

@@ -234,7 +234,7 @@ def test_unbiased_penalty_is_the_mean_over_pairs_of_samples(selection):
 
 def test_every_knob_of_the_selection_turns_something(selection, monkeypatch):
     """Also those that are no flags: trained for five steps, each value gives another network."""
-    monkeypatch.setitem(selection.NETWORKS, "MLP", selection.ScaledMLP)
+    monkeypatch.setitem(selection.NETWORKS, "MLP", selection.StartedMLP)
     monkeypatch.setitem(selection.TRAINERS, "IRM", selection.PenaltyIRM)
     space = selection.SPACES["IRM"]
     short = (*space.arguments, "--iteration=5")
@@ -245,7 +245,8 @@ def test_every_knob_of_the_selection_turns_something(selection, monkeypatch):
 
     plain = measure()
     assert measure() == plain
-    for changed in ({"epsilon": 1e-4}, {"init_scale": 0.3}, {"penalty": "unbiased"}, {"shift": 1}):
+    turned = {"epsilon": 1e-4, "init_scale": 0.3, "to_logit": "equal", "penalty": "unbiased"}
+    for changed in ({knob: value} for knob, value in (turned | {"shift": 1}).items()):
         assert measure(**changed) != plain
 
 

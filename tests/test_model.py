@@ -229,6 +229,10 @@ def test_initial_weights():
     bound = math.sqrt(6 / (1568 + 64))
     assert 0.99 * bound < whole.phi[0].weight.abs().max() <= bound
     assert not whole.phi[0].bias.any()
+    # As many hidden units speak for either label, and as loudly.
+    to_logit = whole.phi[-1].weight
+    assert to_logit.sum() == 0 and to_logit.abs().unique().numel() == 1
+    assert torch.allclose(to_logit.abs(), torch.tensor(math.sqrt(2 / 17)))
 
 
 @pytest.mark.parametrize("channels", [1, 2])
