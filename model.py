@@ -204,9 +204,9 @@ class CNN(Network):
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
     """
 
-    defaults = {"batch_size": 384, "iteration": 1300}
+    defaults = {"batch_size": 384, "iteration": 800}
 
-    def __init__(self, channels: int = 2, drop_rate: DropRate = 0.3):
+    def __init__(self, channels: int = 2, drop_rate: DropRate = 0.0):
         layers = [nn.Unflatten(1, (channels, 28, 28))]
         for maps, filters in ((channels, 32), (32, 64)):
             # Pooling before ReLU gives the same numbers, and ReLU a quarter of the work.

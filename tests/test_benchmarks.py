@@ -6,6 +6,7 @@ All of it in a copy of the project that draws small environments, with its own k
 import contextlib
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -212,6 +213,9 @@ def test_selection_takes_the_simplest_that_overlaps_with_the_best(selection):
         (0, 0): [(0.53, 0.9), (0.55, 0.9)],
     }
     assert search.chosen == (1, 0) and search.ranking == [(1, 2), (1, 0), (0, 0)]
+    search.default = (1, 2)
+    mean, error = search.difference((0, 0))  # 0.04 with either seed: draws cancel
+    assert math.isclose(mean, 0.04) and error < 1e-9
     search.shared = (0, 0)  # too far behind
     assert search.chosen == (1, 0)
     search.shared = (1, 2)
