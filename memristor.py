@@ -249,14 +249,17 @@ class StuckDevices(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
         limit = self.LIMIT * values.std().item()
-        positive, negative = values.clamp(0, limit), (-values).clamp(0, limit)
+        devices = torch.stack([values, -values]).clamp_(0, limit)  # positive and negative columns
         if self.training:
-            on, off = self.MOST_ON * torch.rand(()).item(), self.MOST_OFF * torch.rand(()).item()
-            for devices in (positive, negative):
-                draws = torch.rand_like(devices)
-                devices[draws < on] = limit
-                devices[draws > 1 - off] = 0
-        return weight + (positive - negative - values)
+            self.damage(devices, limit)
+        return weight + (devices[0] - devices[1] - values)
+
+    def damage(self, devices: Tensor, limit: float) -> None:
+        """Some get stuck at `limit`, some at 0, in place."""
+        on, off = self.MOST_ON * torch.rand(()).item(), self.MOST_OFF * torch.rand(()).item()
+        draws = torch.rand_like(devices)
+        devices[draws < on] = limit
+        devices[draws > 1 - off] = 0
 
 
 class Imitation(ERM):

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from dataset import concatenate
-from memristor import StuckDevices, calibration_images, harden, to_crossbar
+from memristor import StuckDevices, calibration_images, harden, quantize_currents, to_crossbar
 from model import IRM, MLP
 from preprocessing import run_command
 from register import NETWORKS, TRAINERS
@@ -75,6 +75,26 @@ class PenaltyIRM(IRM):
         return self.risks(logits, batch).mean() + self.reg_lambda * (squares / (sizes - 1)).mean()
 
 
+class CoarseDevices(StuckDevices):
+    """Stuck devices that also have few conductances while training, where STATES is not 0."""
+
+    STATES = 0
+    BITS = 0  # of the ADCs that half of the outputs are read with while training; 0: none are
+
+    def damage(self, devices, limit):
+        if self.STATES:
+            devices.mul_((self.STATES - 1) / limit).round_().mul_(limit / (self.STATES - 1))
+        super().damage(devices, limit)
+
+    @classmethod
+    def read(cls, layer, inputs, outputs):
+        """A layer's outputs as ADCs read them in every second step; their gradient is passed on."""
+        if not layer.training or not cls.BITS or torch.rand(()) < 0.5:
+            return outputs
+        values = outputs.detach()
+        return outputs + (quantize_currents(values.clone(), cls.BITS) - values)
+
+
 NETWORKS["MLP"], TRAINERS["IRM"] = StartedMLP, PenaltyIRM
 OURS = {"init_scale": 1.0, "to_logit": "equal", "penalty": "plain"}  # knobs that are no flags
 
@@ -93,7 +113,12 @@ class Space(NamedTuple):
 
     def of(self, *arguments: str) -> Setting:
         """What the command line does with these arguments."""
-        values = vars(StuckDevices) | vars(parse_arguments("", list(arguments))) | OURS
+        values = (
+            vars(StuckDevices)
+            | vars(CoarseDevices)
+            | vars(parse_arguments("", list(arguments)))
+            | OURS
+        )
         return tuple(values[knob] for knob in self.knobs)
 
     def neighbours(self, setting: Setting) -> Iterator[Setting]:
@@ -122,14 +147,21 @@ CNN_KNOBS = {
     "drop_rate": (0.0, 0.3),
     "epsilon": (1e-8, 1e-4),
 }
-# Attributes of StuckDevices. Textbooks have no plain setting: some devices stuck both ways is it.
+# Attributes of CoarseDevices. Textbooks have no plain setting: some devices stuck both ways is it.
 HARDENING_KNOBS = {
     "LIMIT": (0.7, 0.5, 1.0),
     "MOST_ON": (0.2, 0.1, 0.3),
     "MOST_OFF": (0.25, 0.0, 0.5),
+    "STATES": (0, 2, 4),
+    "BITS": (0, 2, 3),
 }
-# Proportions of devices stuck at low and at high resistance that a hardened network is tried with.
-BROKEN = ((0.2, 0.0), (0.0, 0.5), (0.1, 0.1))
+# The crossbars that a hardened network is tried on.
+BROKEN = (
+    {"lrs_proportion": 0.2},
+    {"hrs_proportion": 0.5},
+    {"lrs_proportion": 0.1, "hrs_proportion": 0.1, "conductance_states": 8, "adc_resolution": 4},
+    {"adc_resolution": 2},
+)
 ENTROPY = "cross entropy of σ(Φ + o_s)"
 SPACES = {
     "ERM": Space(("--trainer=ERM",), KNOBS, "mean risk"),
@@ -175,14 +207,19 @@ def harden_and_measure(
         arguments = [f"--trainer={name}", f"--seed={seed}", "--repetitions=1"]
         ((data, plain, _, training, held_out),) = experiment(arguments)
         options = arguments_of(train, parse_arguments("", arguments))
-        with mock.patch.multiple(StuckDevices, **dict(knobs)):
+        for layer in plain.phi:
+            if isinstance(layer, nn.Linear):
+                layer.register_forward_hook(CoarseDevices.read)
+        with (
+            mock.patch.multiple(CoarseDevices, **dict(knobs)),
+            mock.patch("memristor.StuckDevices", CoarseDevices),
+        ):
             hardened = harden(plain, training, **options)
         digits = concatenate([held_out, held_out.recolored()])
         decisions = predict(plain, digits) > 0
         images = calibration_images(training)
-        for on, off in BROKEN:
-            broken = {"lrs_proportion": on, "hrs_proportion": off, "fault_seed": seed}
-            crossbar = to_crossbar(hardened, images, **broken)
+        for defects in BROKEN:
+            crossbar = to_crossbar(hardened, images, **defects, fault_seed=seed)
             others = (predict(crossbar, digits) > 0) != decisions
             criteria.append(others.double().mean().item())
             accuracies.append(evaluate(crossbar, data.test)["Accuracy"])

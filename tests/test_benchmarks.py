@@ -254,6 +254,23 @@ def test_every_knob_of_the_selection_turns_something(selection, monkeypatch):
         assert measure(**changed) != plain
 
 
+def test_hardening_can_be_tried_with_few_states_and_coarse_adcs(selection, monkeypatch):
+    devices = selection.CoarseDevices()
+    weight, limit = torch.linspace(-1, 1, 101).requires_grad_(), 0.7 * 0.5861
+    monkeypatch.setattr(selection.CoarseDevices, "STATES", 2)
+    values = devices(weight).detach().div(limit)
+    assert torch.allclose(values, values.round(), atol=1e-3) and values.unique().numel() > 1
+    layer, outputs = torch.nn.Linear(1, 1), torch.tensor([[0.9, 0.4, -0.1]]).requires_grad_()
+    read = [selection.CoarseDevices.read(layer, None, outputs) for _ in range(20)]
+    assert all(each is outputs for each in read)
+    monkeypatch.setattr(selection.CoarseDevices, "BITS", 2)
+    read = [selection.CoarseDevices.read(layer, None, outputs) for _ in range(20)]
+    assert {tuple(each[0].tolist()) for each in read} == {(0.5, 0.5, 0.0), (*outputs[0].tolist(),)}
+    read[0].sum().backward()
+    assert outputs.grad.eq(1).all()
+    assert selection.CoarseDevices.read(layer.eval(), None, outputs) is outputs
+
+
 def test_the_papers_protocol_sees_raw_pixels(monkeypatch, mnist):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     paper = importlib.import_module("paper_table")
