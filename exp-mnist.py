@@ -1,4 +1,4 @@
-"""Train on train1 and train2, report on test.
+"""Train on train1 and train2, report on test. (The optimizer is in trainer.py's `train`.)
 
 python exp-mnist.py --seed 1234 --trainer IRM > IRM_log.txt
 """
@@ -16,14 +16,15 @@ from trainer import arguments_of, load, parse_arguments, predict, save, train
 def main() -> None:
     args = parse_arguments("Train on ColoredMNIST by ERM, groupDRO, IRM or backdoor adjustment.")
     data = load(args)
-    Network, Loss = NETWORKS[args.network], TRAINERS[args.trainer]
+    make_network, make_loss = NETWORKS[args.network], TRAINERS[args.trainer]
+    channels = 1 if args.grayscale else 2  # red and green
     results, flip_rates = [], []
     for repetition in range(1, args.repetitions + 1):
         print(f"Repetition {repetition} of {args.repetitions}")
         torch.manual_seed(1000 * args.seed + repetition - 1)
         training, validation = data.hold_out(args.validation)
-        network = Network(channels=1 if args.grayscale else 2, **arguments_of(Network, args))
-        loss = Loss(**arguments_of(Loss, args))
+        network = make_network(channels=channels, **arguments_of(make_network, args))
+        loss = make_loss(**arguments_of(make_loss, args))
         network.to(training.images.device)
         network = train(network, loss, training, validation, **arguments_of(train, args))
 

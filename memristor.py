@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
 import trainer
-from dataset import Batch, Digits, concatenate
+from dataset import CHUNK, Batch, Digits, concatenate
 from metric import summarize
 from model import ERM, Network
 from preprocessing import Positive, Proportion, Seed, number, refuse, run_command
@@ -115,11 +115,12 @@ class CrossbarLayer(nn.Module):
         wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
         self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()
         currents = self.currents(rows)
-        # Columns whose current does not vary, such as those of dead inputs, have gain 0.
+        # Columns whose current varies by rounding alone, such as those of dead inputs, have gain 0.
         centered = currents - currents.mean(0)
         variance = centered.square().mean(0)
         covariance = (centered * wanted).mean(0)
-        self.gain = torch.where(variance > 0, covariance / variance, 0)
+        varies = variance > 1e-12 * currents.square().mean(0)
+        self.gain = torch.where(varies, covariance / variance, 0)
         self.offset = wanted.mean(0) - self.gain * currents.mean(0)
         self.offset += 0 if self.layer.bias is None else self.layer.bias
 
@@ -169,10 +170,10 @@ def to_crossbar(
     Raises UserError without MemTorch, or where resistances, proportions or layers don't fit.
     """
     check(r_on, r_off, lrs_proportion, hrs_proportion)
-    simple = ((1, 1), (0, 0), (1, 1), 1)
     convolutions = [layer for layer in network.phi if isinstance(layer, nn.Conv2d)]
+    simple = ((1, 1), (0, 0), (1, 1), 1)
     plain = all((c.stride, c.padding, c.dilation, c.groups) == simple for c in convolutions)
-    flat = not any(isinstance(layer, nn.Sequential) for layer in network.phi)
+    flat = not any([*layer.children()] for layer in network.phi)
     what = "a flat nn.Sequential, of convolutions without stride or padding"
     refuse(not (plain and flat), f"a crossbar can't be made of this network: it takes {what}")
     digital = copy.deepcopy(network).cpu().eval()
@@ -209,8 +210,8 @@ def to_crossbar(
 
 
 def calibration_images(training: Digits) -> Tensor:
-    """Up to a thousand training images in both colours, so that no gain is fitted to a colour."""
-    some = training[torch.arange(min(1000, len(training)))]
+    """The first training images, up to 1000, in both colours: no gain is fitted to a colour."""
+    some = training[torch.arange(min(CHUNK // 2, len(training)))]
     return next(concatenate([some, some.recolored()]).chunks()).images
 
 

@@ -20,8 +20,9 @@ DropRate = Annotated[float, number(float, 0, 0.99)]
 class Network(nn.Module):
     """Layers `phi`, (N, channels · 784) → logit Φ(x) (N, 1), then the frozen scalar w = 1.
 
-    Weights are drawn as in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010), biases are 0.
-    Two channels are red and green, one is for a network that can't see colour.
+    Weights are drawn as in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010), biases are 0,
+    unless a subclass sets them. Two channels are red and green, one is for a network that can't
+    see colour.
     """
 
     defaults = {}  # of the command line's arguments, in place of what the signatures say
@@ -150,6 +151,7 @@ class IRM(Loss):
         self.reg_lambda = reg_lambda
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
+        # torch.autograd.grad of each R_e by the network's output_layer gives the same.
         slopes = self.means((torch.sigmoid(logits) - batch.labels) * logits, batch)
         return self.risks(logits, batch).mean() + self.reg_lambda * slopes.square().mean()
 

@@ -70,10 +70,10 @@ def train(
         batch_size: images per minibatch
         learning_rate: step size of Adam
         weight_decay: L2 coefficient of Adam
-        epsilon: what Adam adds to the root of a gradient's mean square; with 1e-8 a quarter of the
-            first hidden layer is in the end inactive on every image (IRM)
+        epsilon: what Adam adds to the root of a gradient's mean square (torch's own is 1e-8: then
+            more hidden units end up inactive on every image)
         max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013), as Adam
-            would remember IRM's first ones, tens of times as long as later ones; 0: none are
+            would long remember IRM's first ones; 0: none are
         average_last: average the weights after this last part of the iterations, 0 to 1 (Izmailov
             et al. 2018); 0: the last weights
         shift: minibatches are moved at random by up to so many pixels, 0 to 13
@@ -83,7 +83,7 @@ def train(
     """
     settings = {"eps": epsilon, "weight_decay": weight_decay, "fused": True}
     optimizer = Adam(network.parameters(), learning_rate, **settings)
-    average = AveragedModel(network)
+    average = AveragedModel(network)  # running mean of the last weights, which is returned
     first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
     batches = training.minibatches(batch_size, shift)
     for step in tqdm(range(1, iteration + 1), disable=None, leave=False):
@@ -125,7 +125,9 @@ def predict(network: nn.Module, digits: Digits) -> Tensor:
     """Logits (N,) of all digits, computed where the network is: a crossbar's on the CPU."""
     network.eval()
     device = network.output_layer.device
-    return torch.cat([network(batch.images.to(device)) for batch in digits.chunks()])
+    logits = torch.cat([network(batch.images.to(device)) for batch in digits.chunks()])
+    refuse(not logits.isfinite().all(), "a logit is nan or infinite; lower --learning_rate")
+    return logits
 
 
 def evaluate(network: nn.Module, digits: Digits) -> dict[str, float]:
@@ -159,11 +161,13 @@ def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -
     """As in exp-mnist.py: the trained network, its loss, digits of training and validation."""
     torch.manual_seed(1000 * args.seed + repetition - 1)
     training, validation = data.hold_out(args.validation)
-    network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
-    network = network(channels=1 if args.grayscale else 2, **arguments_of(network, args))
-    network, loss = network.to(training.images.device), loss(**arguments_of(loss, args))
-    trained = train(network, loss, training, validation, **arguments_of(train, args))
-    return trained, loss, training, validation
+    make_network, make_loss = NETWORKS[args.network], TRAINERS[args.trainer]
+    channels = 1 if args.grayscale else 2
+    network = make_network(channels=channels, **arguments_of(make_network, args))
+    loss = make_loss(**arguments_of(make_loss, args))
+    network.to(training.images.device)
+    network = train(network, loss, training, validation, **arguments_of(train, args))
+    return network, loss, training, validation
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:

@@ -259,8 +259,17 @@ def test_statistics_of_a_hardened_batch_normalisation_are_of_sound_devices(netwo
     assert torch.allclose(hardened.phi[1].running_var, outputs.var(0), rtol=0.02)
 
 
+def test_a_current_that_varies_by_rounding_alone_has_no_gain():
+    torch.manual_seed(0)
+    network = Network(nn.Sequential(nn.Linear(50, 9, bias=False)))
+    constant = torch.rand(1, 50)
+    crossbar = to_crossbar(network, constant.repeat(2000, 1))
+    assert not crossbar.phi[0].gain.any()
+    assert torch.allclose(crossbar.phi[0].offset, network.phi(constant)[0], atol=1e-5)
+
+
 def test_networks_that_crossbars_cannot_take_are_refused():
-    nested = Network(nn.Sequential(nn.Sequential(nn.Linear(1568, 1))))
+    nested = Network(nn.Sequential(nn.ModuleList([nn.Linear(1568, 1)])))
     strided = Network(nn.Sequential(nn.Unflatten(1, (2, 28, 28)), nn.Conv2d(2, 1, 3, stride=2)))
     for network in (nested, strided):
         with pytest.raises(UserError, match="flat nn.Sequential"):

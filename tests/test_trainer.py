@@ -563,6 +563,9 @@ def test_divergence_is_reported(in_process, small_files, data):
     arguments = ("--dataset_path", small_files.parent, "--learning_rate", 1e30, "--trainer", "IRM")
     result = in_process("exp-mnist.py", *arguments)
     assert_one_line(result, "diverged", "iteration", "--learning_rate")
+    # Weights that are finite, and too large for a logit.
+    result = in_process("exp-mnist.py", *arguments[:3], 1e20, "--iteration", 1)
+    assert_one_line(result, "a logit is nan or infinite", "--learning_rate")
     with pytest.raises(UserError, match="a weight is nan or infinite at iteration 1"):
         trained(data.training, iteration=1, learning_rate=1e39)
 
