@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # ./run.sh [--no_cuda ...]   run every experiment, write its log, print the table of results
 # ./run.sh test [...]        run the test suite
-# Both first set up .venv where that has not been done. Arguments go to exp-mnist.py or pytest.
+# Both first set up .venv where that has not been done. Arguments go to exp-mnist.py and
+# memristor.py, or to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
 
