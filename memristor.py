@@ -162,7 +162,7 @@ def to_crossbar(
         max_input_voltage: what the largest input is encoded as, volts
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
         hrs_proportion: proportion of devices stuck at r_off, 0 to 1, but for those stuck at r_on
-        conductance_states: equidistant conductances that a device can have; None: any
+        conductance_states: equidistant conductances that a device can have; any, if not given
         device_variability: standard deviation of r_on and r_off between devices, relative to their
             mean, 0 to 1
         fault_seed: seed of stuck devices and variability
