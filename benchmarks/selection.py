@@ -77,10 +77,12 @@ class PenaltyIRM(IRM):
 
 
 class CoarseDevices(StuckDevices):
-    """Stuck devices that also have few conductances while training, where STATES is not 0."""
+    """Stuck devices that may also have few conductances, and coarse ADCs behind them.
 
-    STATES = 0
-    BITS = 0  # of the ADCs that half of the outputs are read with while training; 0: none are
+    All while training alone: STATES conductances (0: any), and ADCs of BITS bits (0: exact).
+    """
+
+    STATES = BITS = 0
 
     def damage(self, devices, limit):
         if self.STATES:
@@ -89,7 +91,7 @@ class CoarseDevices(StuckDevices):
 
     @classmethod
     def read(cls, layer, inputs, outputs):
-        """A layer's outputs as ADCs read them in every second step; their gradient is passed on."""
+        """Forward hook: the outputs, half of the time as ADCs read them (straight-through)."""
         if not layer.training or not cls.BITS or torch.rand(()) < 0.5:
             return outputs
         values = outputs.detach()
@@ -97,11 +99,8 @@ class CoarseDevices(StuckDevices):
 
 
 NETWORKS["MLP"], TRAINERS["IRM"] = StartedMLP, PenaltyIRM
-OURS = {
-    "init_scale": 1.0,
-    "to_logit": "equal",
-    "penalty": "plain",
-}  # knobs that exp-mnist.py has not
+# Knobs that exp-mnist.py has not.
+OURS = {"init_scale": 1.0, "to_logit": "equal", "penalty": "plain"}
 
 
 class Space(NamedTuple):
@@ -118,12 +117,8 @@ class Space(NamedTuple):
 
     def of(self, *arguments: str) -> Setting:
         """What the command line does with these arguments."""
-        values = (
-            vars(StuckDevices)
-            | vars(CoarseDevices)
-            | vars(parse_arguments("", list(arguments)))
-            | OURS
-        )
+        values = OURS | vars(StuckDevices) | vars(CoarseDevices)
+        values |= vars(parse_arguments("", list(arguments)))
         return tuple(values[knob] for knob in self.knobs)
 
     def neighbours(self, setting: Setting) -> Iterator[Setting]:
