@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 from torch import Tensor
 
 from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
 
 # Of the value / 255, in the red and the green channel; blue is 0 throughout.
 MEAN, STD = 0.1307, 0.3081
+IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
 CHUNK = 2000  # images made into floats at a time when all of them are passed through a network
 
 
@@ -133,7 +136,7 @@ def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
     refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
     training, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
-    one_label = any(part.labels.min() == part.labels.max() for part in (training, test))
+    one_label = any(part.labels.unique().numel() < 2 for part in (training, test))
     refuse(one_label, f"{folder} has images of one label only: {anew}")
     return Dataset(training, validation, test, f"{folder}, {forms[0]}")
 
@@ -150,7 +153,7 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         if checked:  # torch.load does not compare the checksums of what it reads
             with zipfile.ZipFile(path) as archive:
                 refuse(archive.testzip(), "its checksums do not fit")
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+        with torch.serialization.safe_globals(PICKLED), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
         envs = []
@@ -165,23 +168,20 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
             colors = images[:, 0].flatten(1).any(1)
         else:
             images, labels, colors = zip(*record, strict=True)
-            types = {*map(type, labels)} == {int} and {*map(type, colors)} == {bool}
+            labels, colors = np.stack(labels), np.stack(colors)
+            types = labels.dtype.kind in "iu" and colors.dtype == bool
             refuse(not types, "it does not hold tuples of (image, int label, bool colour)")
+            labels, colors = torch.from_numpy(labels), torch.from_numpy(colors)
             pixels = bytearray(b"".join(image.data for image in images))
             images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
-            labels, colors = torch.tensor(labels), torch.tensor(colors)
             form = "tuples of (image, label, colour) (the course project's form)"
         envs = envs[0] if envs else torch.full((len(labels),), env)
         form += "" if checked else ", in torch's old format, which has no checksums"
         return checked_digits(1 if env is None else 2, images, labels, colors, envs), form
     except Exception as error:  # whatever a stranger's bytes may provoke
-        known = isinstance(error, (UserError, OSError))
-        reason = error if known else "it is damaged, or of no known form"
+        reason = error if isinstance(error, (UserError, OSError)) else "damaged or of unknown form"
         remedy = f"replace it, or delete {path.parent} to draw it anew"
         raise UserError(f"{path} cannot be used ({reason}): {remedy}") from None
-
-
-IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
 
 
 def denormalized(images: Tensor) -> Tensor:
@@ -199,7 +199,6 @@ def checked_digits(last: int, *fields: Tensor) -> Digits:
     """`Digits` of RGB images (N, 3, 28, 28); UserError for other shapes, types or values."""
     images, labels, colors, envs = fields
     refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28), IMAGES)
-    refuse(len(images) < 2, "it needs two images or more")
     for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
         fit = values.shape == images.shape[:1] and {*values.tolist()} <= {*range(high + 1)}
         refuse(not fit, f"its {name} are not whole numbers from 0 to {high}, one for each image")
@@ -209,32 +208,17 @@ def checked_digits(last: int, *fields: Tensor) -> Digits:
 
 
 class PickledImage:
-    """Stands for PIL.Image.Image when a stranger's file is read: keeps the pixels, runs nothing."""
+    """Stands for PIL.Image.Image when a stranger's file is read: keeps the pixels, draws none."""
 
     def __setstate__(self, state: list) -> None:
         _, mode, size, _, self.data = state[:5]
         refuse((mode, *size, len(self.data)) != ("RGB", 28, 28, 3 * 28 * 28), IMAGES)
 
 
-class PickledType:
-    """Stands for numpy.dtype: keeps its name, such as "i8"."""
-
-    def __init__(self, name: str, *_):
-        self.kind = name[0]
-
-    def __setstate__(self, state: tuple) -> None:
-        refuse(state[1] == ">", "its numbers are big-endian")
-
-
-def pickled_number(dtype: PickledType, data: bytes) -> int | bool:
-    """Stands for NumPy's constructor of scalars: integers and booleans as Python's own."""
-    refuse(dtype.kind not in "iub", "it has numbers that are neither integers nor booleans")
-    value = int.from_bytes(data, "little", signed=dtype.kind == "i")
-    return bool(value) if dtype.kind == "b" else value
-
-
-STAND_INS = [(PickledImage, "PIL.Image.Image"), (PickledType, "numpy.dtype")]
-STAND_INS += [(pickled_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+# What pickled (image, label, colour) are made of; NumPy 1 and 2 name a scalar differently.
+PICKLED = [(PickledImage, "PIL.Image.Image"), np.dtype]
+PICKLED += [*{type(np.dtype(kind)) for kind in "?bBhHiIlLqQ"}]
+PICKLED += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 class ColoredMNIST(torch.utils.data.Dataset):
@@ -252,7 +236,8 @@ class ColoredMNIST(torch.utils.data.Dataset):
         digits = concatenate(part for part in load_dataset(root)[:3] if part is not None)
         chosen = digits.envs < 2 if env == "all_train" else digits.envs == ENVIRONMENTS.index(env)
         self.digits = digits[chosen]
-        self.transform, self.target_transform = transform, target_transform
+        self.transform = transform or torch.nn.Identity()
+        self.target_transform = target_transform or torch.nn.Identity()
 
     def __len__(self) -> int:
         return len(self.digits)
@@ -261,7 +246,5 @@ class ColoredMNIST(torch.utils.data.Dataset):
         from PIL import Image
 
         image, label, color, _ = (t[index] for t in vars(self.digits).values())
-        rgb = torch.nn.functional.pad(image.movedim(0, 2), (0, 1))
-        image, target = Image.fromarray(rgb.numpy()), int(label)
-        image = self.transform(image) if self.transform else image
-        return image, self.target_transform(target) if self.target_transform else target, int(color)
+        rgb = torch.nn.functional.pad(image.movedim(0, 2), (0, 1)).numpy()
+        return self.transform(Image.fromarray(rgb)), self.target_transform(int(label)), int(color)

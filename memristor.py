@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
 import trainer
@@ -31,7 +30,6 @@ try:
 except ImportError:
     memtorch = None
 
-TIME_SERIES_RESOLUTION = 1e-10  # seconds, of the VTEAM devices
 HEADROOM = 1.25  # by which inputs may exceed those of the calibration before they are cut off
 HARDENING = 3  # times as long as the training before it
 
@@ -43,7 +41,7 @@ def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> 
     with resistances of its own: normal, with standard deviation `variability` times the mean, and
     at least a tenth of the mean.
     """
-    prototype = memtorch.bh.memristor.VTEAM(TIME_SERIES_RESOLUTION, r_off=r_off, r_on=r_on)
+    prototype = memtorch.bh.memristor.VTEAM(r_off=r_off, r_on=r_on)
     draws = random.Random(seed)
 
     def make_device(cell: bool = False, reference: bool = False, **_):
@@ -84,7 +82,6 @@ class CrossbarLayer(nn.Module):
         positive, negative = layer.crossbars
         self.tiles = positive.conductance_matrix - negative.conductance_matrix
         self.grid, self.columns = positive.tiles_map.long(), positive.columns
-        self.bits = layer.ADC_resolution if layer.quant_method else None
 
     def rows(self, inputs: Tensor) -> Tensor:
         """Inputs as rows for the crossbar: (N, in), or (N · positions, in) of a convolution."""
@@ -99,7 +96,8 @@ class CrossbarLayer(nn.Module):
         for volts, row in zip(voltages.split(height, 1), self.grid, strict=True):
             strip = self.tiles[row, : volts.shape[1]].transpose(0, 1).flatten(1)
             currents = (volts @ strip).view(total.shape)
-            total += currents if self.bits is None else quantize_currents(currents, self.bits)
+            bits = self.layer.ADC_resolution
+            total += quantize_currents(currents, bits) if bits else currents
         return total.flatten(1)[:, : self.columns]
 
     def currents(self, rows: Tensor) -> Tensor:
@@ -107,10 +105,7 @@ class CrossbarLayer(nn.Module):
         return self.read((rows * (limit / self.input_range)).clamp_(-limit, limit))
 
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
-        """Set the range of the inputs, and gain and offset of each output.
-
-        Inputs, (N, in) or (N, channels, H, W), are those of the crossbar and the digital network.
-        """
+        """Fix them, by inputs (N, in) or (N, channels, H, W) of the crossbar and the network."""
         rows = self.rows(inputs)
         wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
         self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()
@@ -149,8 +144,9 @@ def to_crossbar(
 ) -> nn.Module:
     """A copy of a network whose linear and convolutional layers are memristor crossbars.
 
-    MemTorch builds them, of VTEAM devices; its defaults are the double-column scheme, naive
-    mapping, 1T1R cells and an ADC overflow rate of 0.
+    MemTorch builds them, of VTEAM devices; its defaults are a time series resolution of 1e-10 s,
+    the double-column scheme, naive mapping, 1T1R cells and an ADC overflow rate of 0. Raises
+    UserError without MemTorch, or where resistances or layers don't fit.
 
     Args:
         network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
@@ -166,16 +162,13 @@ def to_crossbar(
         device_variability: standard deviation of r_on and r_off between devices, relative to their
             mean, 0 to 1
         fault_seed: seed of stuck devices and variability
-
-    Raises UserError without MemTorch, or where resistances, proportions or layers don't fit.
     """
-    check(r_on, r_off, lrs_proportion, hrs_proportion)
+    check(r_on, r_off)
     convolutions = [layer for layer in network.phi if isinstance(layer, nn.Conv2d)]
     simple = ((1, 1), (0, 0), (1, 1), 1)
     plain = all((c.stride, c.padding, c.dilation, c.groups) == simple for c in convolutions)
     flat = not any([*layer.children()] for layer in network.phi)
-    what = "a flat nn.Sequential, of convolutions without stride or padding"
-    refuse(not (plain and flat), f"a crossbar can't be made of this network: it takes {what}")
+    refuse(not (plain and flat), "crossbars take a flat nn.Sequential, no stride and no padding")
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
     # MemTorch reads 1T1R cells from the crossbar's matrix alone: no need to write each into its
@@ -215,19 +208,16 @@ def calibration_images(training: Digits) -> Tensor:
     return next(concatenate([some, some.recolored()]).chunks()).images
 
 
-def check(r_on: float, r_off: float, lrs_proportion: float, hrs_proportion: float) -> None:
+def check(r_on: float, r_off: float) -> None:
     """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
     refuse(memtorch is None, "MemTorch is not installed: run ./run.sh, or see README.md")
     refuse(r_on >= r_off, f"--r_on {r_on} is not below --r_off {r_off}")
-    added = "--lrs_proportion and --hrs_proportion add up to more than 1"
-    refuse(lrs_proportion + hrs_proportion > 1, added)
 
 
 def round_conductances(crossbar, states: int) -> None:
     """Round each device to the nearest of `states` conductances between its 1/r_off and 1/r_on.
 
-    MemTorch's own `FiniteConductanceStates` leaves every device as it is: its rounding of a range
-    that is a tensor fails, and it passes over the failure.
+    MemTorch's own `FiniteConductanceStates` fails at a range that is a tensor, and says nothing.
     """
     limits = np.vectorize(lambda device: (1 / device.r_off, 1 / device.r_on))(crossbar.devices)
     lowest, highest = map(torch.from_numpy, limits)
@@ -290,23 +280,20 @@ def harden(network: Network, training: Digits, **options) -> Network:
     for layer in hardened.phi:
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.numel() > 1:
-            parametrize.register_parametrization(layer, "weight", StuckDevices())
+            nn.utils.parametrize.register_parametrization(layer, "weight", StuckDevices())
     in_both_colors = concatenate([training, training.recolored()])
     hardened = trainer.train(hardened, Imitation(network), in_both_colors, None, **options)
     for layer in hardened.phi:
-        if parametrize.is_parametrized(layer):
-            parametrize.remove_parametrizations(layer, "weight")
-    update_bn((batch.images for batch in in_both_colors.chunks()), hardened)  # of sound devices
+        if nn.utils.parametrize.is_parametrized(layer):
+            nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    update_bn(in_both_colors.chunks(), hardened)  # of sound devices
     return hardened.eval()
 
 
 def main() -> None:
-    args = trainer.parse_arguments(
-        "Train, move the network onto a memristor crossbar, test it again.",
-        of=[to_crossbar],
-        harden=f"train on for broken devices, {HARDENING} times as long",
-    )
-    check(args.r_on, args.r_off, args.lrs_proportion, args.hrs_proportion)
+    more = {"harden": f"train on for broken devices, {HARDENING} times as long"}
+    args = trainer.parse_arguments(__doc__.split("\n")[0], of=[to_crossbar], **more)
+    check(args.r_on, args.r_off)
     data = trainer.load(args)
     digital, on_crossbar = [], []
     for repetition in range(1, args.repetitions + 1):

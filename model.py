@@ -126,15 +126,10 @@ class GroupDRO(Loss):
         self.eta = eta
         self.log_q = torch.zeros(self.environments)  # exp(η R_e) can overflow, its logarithm can't
 
-    @property
-    def q(self) -> Tensor:
-        """The weights of the environments, (E,)."""
-        return self.log_q.softmax(-1)
-
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
         risks = self.risks(logits, batch)
         self.log_q = (self.log_q.to(risks.device) + self.eta * risks.detach()).log_softmax(-1)
-        return (self.q * risks).sum()
+        return (self.log_q.softmax(-1) * risks).sum()
 
 
 class IRM(Loss):
@@ -174,10 +169,6 @@ class Backdoor(Loss):
         # Of the samples seen so far, (S, 2): stratum 2 e + z, label. The half leaves odds finite.
         self.counts = torch.full((2 * self.environments, 2), 0.5)
 
-    def strata(self, batch: Batch) -> Tensor:
-        """The stratum s of each sample, (N,)."""
-        return 2 * batch.envs + batch.colors
-
     @property
     def offsets(self) -> Tensor:
         """o_s, (S,)."""
@@ -190,7 +181,7 @@ class Backdoor(Loss):
         return (given_s * p_s.to(logits.device)).sum(-1)
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        strata, labels = self.strata(batch), batch.labels.long()
+        strata, labels = 2 * batch.envs + batch.colors, batch.labels.long()
         seen = F.one_hot(2 * strata + labels, self.counts.numel()).sum(0).view_as(self.counts)
         self.counts = self.counts.to(logits.device) + seen
         if self.adjustment == "offset":

@@ -52,14 +52,14 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
     return parse
 
 
-def flags_of(function: Callable) -> Iterator[tuple[str, dict]]:
+def flags(function: Callable) -> Iterator[tuple[str, dict]]:
     """Name and options of a flag for each argument with a default of a function or a class.
 
     Its type, or what parses and checks it, is in the annotation, its help in the docstring.
     """
     text = inspect.getdoc(function) or ""
     helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.M))
-    for name, parameter in inspect.signature(function).parameters.items():
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         default, hint = parameter.default, parameter.annotation
         if default is parameter.empty or name == "channels":  # what --grayscale decides
             continue
@@ -88,8 +88,7 @@ Seed = Annotated[int, number(int, 0, 2**32 - 1)]
 def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
     """Yield a path beside `path` to write a file or folder at; a clean exit renames it to `path`.
 
-    Where several runs may write at once, `lock` lets them in one by one. Raises UserError if
-    writing fails.
+    `lock` lets runs in one by one that may write at once. Raises UserError if writing fails.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -151,7 +150,8 @@ def draw_environments(
 ) -> bool:
     """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; say whether it did.
 
-    Each of train1, train2 and test is a part of MNIST in its order.
+    Each of train1, train2 and test is a part of MNIST in its order. Raises UserError if there are
+    too few digits, or no place to write to.
 
     Args:
         dataset_path: folder of the folder ColoredMNIST
@@ -160,8 +160,6 @@ def draw_environments(
         sizes: digits of train1, train2 and test
         shuffle_digits: shuffle those of train1 and train2 together before they are divided
         seed: seed of all random draws
-
-    Raises UserError if there are too few digits, or no place to write to.
     """
     folder = dataset_path / "ColoredMNIST"
     if any(folder.glob("*")):
@@ -204,16 +202,14 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw the three environments of ColoredMNIST.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    for name, options in flags_of(draw_environments):
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.description = "Draw the three environments of ColoredMNIST."
+    for name, options in flags(draw_environments):
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
     folder = args.dataset_path / "ColoredMNIST"
-    there = not draw_environments(**vars(args))
-    refuse(there, f"{folder} is there: delete it to draw it anew, or name another folder")
+    drawn = draw_environments(**vars(args))
+    refuse(not drawn, f"{folder} is there: delete it to draw it anew, or name another folder")
     print(f"Drawn: {folder}")
 
 

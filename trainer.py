@@ -10,27 +10,14 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
 from dataset import Dataset, Digits, load_dataset
 from metric import metrics
 from model import Loss, Network
-from preprocessing import (
-    Amount,
-    Count,
-    Positive,
-    Proportion,
-    UserError,
-    flags_of,
-    number,
-    refuse,
-    written_whole,
-)
+from preprocessing import Amount, Count, Positive, Proportion, flags, number, refuse, written_whole
 from register import NETWORKS, TRAINERS
-
-DIVERGED = "training diverged: {} is nan or infinite at iteration {}; lower --learning_rate"
 
 
 @contextmanager
@@ -62,8 +49,8 @@ def train(
 ) -> Network:
     """Minimise the loss with Adam; returns the trained network, in evaluation mode.
 
-    The network given is trained in place, the one returned has averaged weights. A loss may keep
-    state, so it is made for one training. `validation` is for the log alone.
+    The network given is trained in place, the one returned has averaged weights; `validation` is
+    for the log alone. Raises UserError if the objective or a weight is no longer finite.
 
     Args:
         iteration: minibatches per training
@@ -78,16 +65,13 @@ def train(
             et al. 2018); 0: the last weights
         shift: minibatches are moved at random by up to so many pixels, 0 to 13
         evaluation_steps: iterations from log line to log line
-
-    Raises UserError if the objective or a weight is no longer finite.
     """
     settings = {"eps": epsilon, "weight_decay": weight_decay, "fused": True}
     optimizer = Adam(network.parameters(), learning_rate, **settings)
     average = AveragedModel(network)  # running mean of the last weights, which is returned
     first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
-    batches = training.minibatches(batch_size, shift)
-    for step in tqdm(range(1, iteration + 1), disable=None, leave=False):
-        batch = next(batches)
+    steps = tqdm(range(1, iteration + 1), disable=None, leave=False)
+    for step, batch in zip(steps, training.minibatches(batch_size, shift), strict=False):
         network.train()
         with fast_products():
             logits = network(batch.images)
@@ -95,11 +79,11 @@ def train(
             network.zero_grad()
             objective.backward()
         if max_gradient_norm:
-            clip_grad_norm_(network.parameters(), max_gradient_norm)
+            nn.utils.clip_grad_norm_(network.parameters(), max_gradient_norm)
         optimizer.step()
         if step >= first_averaged:
             average.update_parameters(network)
-        refuse(not objective.isfinite(), DIVERGED.format("the objective", step))
+        refuse(not objective.isfinite(), f"diverged at iteration {step}: lower --learning_rate")
         if step % evaluation_steps == 0:
             risks = "train1 {:.4f}, train2 {:.4f}".format(*loss.risks(logits.detach(), batch))
             line = f"Iteration {step}: objective {objective:.4f}; loss of {risks}"
@@ -107,9 +91,9 @@ def train(
                 line += f"; validation {evaluate(network, validation)}"
             print(line, flush=True)
     finite = all(parameter.isfinite().all() for parameter in network.parameters())
-    refuse(not finite, DIVERGED.format("a weight", iteration))
+    refuse(not finite, "diverged: a weight is nan or infinite; lower --learning_rate")
     if average_last:
-        update_bn((batch.images for batch in training.chunks()), average.module)
+        update_bn(training.chunks(), average.module)
     return average.module.eval()
 
 
@@ -145,10 +129,7 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 
 def load(args: argparse.Namespace) -> Dataset:
     """The data on the GPU, if there is one and it may be used; begins the log."""
-    try:
-        Path(args.save_model or ".").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--save_model: {args.save_model}: {error.strerror}") from None
+    refuse(Path(args.save_model or ".").is_file(), f"--save_model: {args.save_model} is a file")
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
@@ -162,7 +143,7 @@ def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -
     torch.manual_seed(1000 * args.seed + repetition - 1)
     training, validation = data.hold_out(args.validation)
     make_network, make_loss = NETWORKS[args.network], TRAINERS[args.trainer]
-    channels = 1 if args.grayscale else 2
+    channels = training.images.shape[1]
     network = make_network(channels=channels, **arguments_of(make_network, args))
     loss = make_loss(**arguments_of(make_loss, args))
     network.to(training.images.device)
@@ -172,7 +153,7 @@ def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
     """Those of the command line's arguments that a function or a class has a default for."""
-    return {name: getattr(args, name) for name, _ in flags_of(function) if name in args}
+    return {name: getattr(args, name) for name, _ in flags(function) if name in args}
 
 
 def parse_arguments(
@@ -183,19 +164,14 @@ def parse_arguments(
     Flags are made from the signatures of `train`, of the losses and the networks (also a plugin's),
     and of the functions `of`; `switches` are flags without a value, and their help.
     """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,  # until all flags are known
-    )
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    # No help until all flags are known.
+    parser = argparse.ArgumentParser(description=description, add_help=False, **options)
     add = parser.add_argument
     add("--plugin", metavar="FILE", help="Python file to run first, see README.md")
     run_plugin(parser.parse_known_args(arguments)[0].plugin)
-    for name, default, table in (("trainer", "ERM", TRAINERS), ("network", "MLP", NETWORKS)):
-        known = {key.lower(): key for key in table}
-        options = {"type": lambda text, known=known: known.get(text.lower(), text)}
-        add(f"--{name}", **options, default=default, choices=list(table), help="or a plugin's")
+    add("--trainer", default="ERM", choices=TRAINERS, help="or a plugin's")
+    add("--network", default="MLP", choices=NETWORKS, help="or a plugin's")
     chosen, _ = parser.parse_known_args(arguments)
     trainer, network = TRAINERS[chosen.trainer], NETWORKS[chosen.network]
     classes = TRAINERS | NETWORKS
@@ -203,8 +179,7 @@ def parse_arguments(
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     add("--repetitions", type=number(int, 1), default=3, help="trainings, each with its own draws")
     add("--dataset_path", default="./data", help="folder of the folder ColoredMNIST")
-    held_out = "proportion of the training samples that is held out, 0 to 0.9"
-    add("--validation", type=number(float, 0, 0.9), default=0.2, help=held_out)
+    add("--validation", type=number(float, 0, 0.9), default=0.2, help="part held out, 0 to 0.9")
     add("--grayscale", action="store_true", help="hide the colours: the oracle")
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
@@ -212,7 +187,7 @@ def parse_arguments(
         add(f"--{name}", action="store_true", help=text)
     used = (train, *of, trainer, network)  # the others' flags: for --help, and for ./run.sh
     for function in dict.fromkeys((*used, *classes.values())):
-        for name, options in flags_of(function):
+        for name, options in flags(function):
             try:
                 add(f"--{name}", **options)
             except argparse.ArgumentError:

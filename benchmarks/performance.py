@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--trainer", default="IRM", help="what is trained (default: IRM)")
     parser.add_argument("--cuda", action="store_true", help="train on the GPU too")
     args = parser.parse_args()
-    check(r_on=1, r_off=2, lrs_proportion=0, hrs_proportion=0)
+    check(r_on=1, r_off=2)
     print("| | ratio | seconds | peak memory, MiB |\n| --- | --- | --- | --- |")
     training(args.trainer, ["--no_cuda"], args.runs)
     if args.cuda:

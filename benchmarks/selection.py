@@ -185,11 +185,12 @@ def train_and_measure(
     arguments = [*arguments, *flags, f"--seed={seed}", "--repetitions=1"]
     ((data, network, loss, _, held_out),) = experiment(arguments)
     logits = predict(network, held_out)
+    strata = 2 * held_out.envs + held_out.colors
     criteria = {
         "mean risk": lambda: loss.risks(logits, held_out).mean(),
         "larger risk": lambda: loss.risks(logits, held_out).max(),
         "IRM objective": lambda: PenaltyIRM("unbiased")(logits, held_out),
-        ENTROPY: lambda: loss.losses(logits + loss.offsets[loss.strata(held_out)], held_out).mean(),
+        ENTROPY: lambda: loss.losses(logits + loss.offsets[strata], held_out).mean(),
     }
     return float(criteria[criterion]()), evaluate(network, data.test)["Accuracy"]
 

@@ -1,6 +1,7 @@
 """What the tests share: the project on the path, its commands as a user runs them, small data."""
 
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -53,6 +54,7 @@ def in_process():
             status = end.code if isinstance(end.code, int) else 1
             err.write("" if isinstance(end.code, int) else f"{end.code}\n")
         finally:
+            gc.unfreeze()  # here Python does not end
             sys.argv = argv
         return subprocess.CompletedProcess(rest, status, out.getvalue(), err.getvalue())
 

@@ -289,7 +289,7 @@ def test_dropout_does_not_depend_on_how_many_repetitions_follow(in_process, data
 def test_log_and_saved_models(in_process, dataset_path, data, tmp_path):
     """Run twice: the log's form, networks that give the log's result, and the same Summary."""
     folder = tmp_path / "a" / "b"
-    arguments = ("exp-mnist.py", "--trainer", "irm", "--dataset_path", dataset_path, *SHORT)
+    arguments = ("exp-mnist.py", "--trainer", "IRM", "--dataset_path", dataset_path, *SHORT)
     result = in_process(*arguments, "--save_model", folder)
     expected = summary(result)["Accuracy_testmean"]
     assert result.stderr == ""
@@ -362,7 +362,7 @@ def test_decisions_by_the_formula_are_those_of_the_logit(data):
     "arguments",
     [
         ("--bias", "--batchnorm", "--drop_rate", 0.2, "--hidden_dim", 32, 16, 8),
-        ("--network", "cnn", "--batch_size", 64, "--bias"),
+        ("--network", "CNN", "--batch_size", 64, "--bias"),
         ("--grayscale", "--validation", 0, "--average_last", 0),
         ("--grayscale", "--network", "CNN", "--batch_size", 64, "--drop_rate", 0),
         ("--max_gradient_norm", 0, "--weight_decay", 0.001, "--shift", 2),
@@ -420,7 +420,7 @@ def test_a_loss_of_ones_own_takes_ten_lines(in_process, dataset_path, tmp_path, 
         parse_arguments("", [*plugin, "--help"])
     assert "--beta BETA" in capsys.readouterr().out  # also where it is not the one chosen
     arguments = ("--dataset_path", dataset_path, "--no_cuda", "--repetitions", 1)
-    flags = ("--trainer", "vrex", "--beta", "1e3")
+    flags = ("--trainer", "VREx", "--beta", "1e3")
     accuracy = summary(in_process("exp-mnist.py", *plugin, *flags, *arguments))["Accuracy_testmean"]
     assert accuracy > 0.6  # ERM is at 0.5
 
@@ -457,7 +457,7 @@ TRAINERS["Own"], NETWORKS["Line"] = Own, Line
 
 def test_arguments_of_a_plugin_are_flags(in_process, small_files, tmp_path):
     given = plugin(tmp_path, OWN, 'kind: str = "soft", often: float = 2')
-    result = in_process("exp-mnist.py", *given, "--trainer", "own", "--help")
+    result = in_process("exp-mnist.py", *given, "--trainer", "Own", "--help")
     text = " ".join(result.stdout.split())
     assert "--strength STRENGTH how much of it, 100 % at most (default: 1.0)" in text
     assert "Own: 'iteration': 7" in text
@@ -467,7 +467,7 @@ def test_arguments_of_a_plugin_are_flags(in_process, small_files, tmp_path):
     assert parse_arguments("", [*given, "--trainer", "Own", *explicit]).iteration == 3
     short = ("--dataset_path", small_files.parent, "--no_cuda", "--repetitions", 1)
     for more in ((), ("--grayscale", "--bias")):
-        arguments = (*given, "--trainer", "own", "--network", "line", *short, *more)
+        arguments = (*given, "--trainer", "Own", "--network", "Line", *short, *more)
         summary(in_process("exp-mnist.py", *arguments))
 
 
@@ -494,11 +494,6 @@ def test_a_fault_in_a_plugin_is_the_plugins(in_process, tmp_path):
     given = plugin(tmp_path, "import no_such_module")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         in_process("exp-mnist.py", *given)
-
-
-def test_names_are_found_in_any_case():
-    args = parse_arguments("", ["--trainer", "GROUPdro", "--network", "cNN"])
-    assert (args.trainer, args.network) == ("groupDRO", "CNN")
 
 
 def test_what_networks_set_differently():
@@ -566,7 +561,7 @@ def test_divergence_is_reported(in_process, small_files, data):
     # Weights that are finite, and too large for a logit.
     result = in_process("exp-mnist.py", *arguments[:3], 1e20, "--iteration", 1)
     assert_one_line(result, "a logit is nan or infinite", "--learning_rate")
-    with pytest.raises(UserError, match="a weight is nan or infinite at iteration 1"):
+    with pytest.raises(UserError, match="a weight is nan or infinite"):
         trained(data.training, iteration=1, learning_rate=1e39)
 
 
