@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy._core.multiarray import scalar
 from torch import Tensor
 
 from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
@@ -136,7 +134,7 @@ def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
     refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
     training, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
-    one_label = any(part.labels.unique().numel() < 2 for part in (training, test))
+    one_label = any(part.labels.min() == part.labels.max() for part in (training, test))
     refuse(one_label, f"{folder} has images of one label only: {anew}")
     return Dataset(training, validation, test, f"{folder}, {forms[0]}")
 
@@ -153,7 +151,7 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         if checked:  # torch.load does not compare the checksums of what it reads
             with zipfile.ZipFile(path) as archive:
                 refuse(archive.testzip(), "its checksums do not fit")
-        with torch.serialization.safe_globals(PICKLED), warnings.catch_warnings():
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
         envs = []
@@ -168,12 +166,11 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
             colors = images[:, 0].flatten(1).any(1)
         else:
             images, labels, colors = zip(*record, strict=True)
-            labels, colors = np.stack(labels), np.stack(colors)
-            types = labels.dtype.kind in "iu" and colors.dtype == bool
+            types = {*map(type, labels)} == {int} and {*map(type, colors)} == {bool}
             refuse(not types, "it does not hold tuples of (image, int label, bool colour)")
-            labels, colors = torch.from_numpy(labels), torch.from_numpy(colors)
             pixels = bytearray(b"".join(image.data for image in images))
             images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
+            labels, colors = torch.tensor(labels), torch.tensor(colors)
             form = "tuples of (image, label, colour) (the course project's form)"
         envs = envs[0] if envs else torch.full((len(labels),), env)
         form += "" if checked else ", in torch's old format, which has no checksums"
@@ -199,6 +196,7 @@ def checked_digits(last: int, *fields: Tensor) -> Digits:
     """`Digits` of RGB images (N, 3, 28, 28); UserError for other shapes, types or values."""
     images, labels, colors, envs = fields
     refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28), IMAGES)
+    refuse(len(images) < 2, "it needs two images or more")
     for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
         fit = values.shape == images.shape[:1] and {*values.tolist()} <= {*range(high + 1)}
         refuse(not fit, f"its {name} are not whole numbers from 0 to {high}, one for each image")
@@ -208,17 +206,32 @@ def checked_digits(last: int, *fields: Tensor) -> Digits:
 
 
 class PickledImage:
-    """Stands for PIL.Image.Image when a stranger's file is read: keeps the pixels, draws none."""
+    """Stands for PIL.Image.Image when a stranger's file is read: keeps the pixels, runs nothing."""
 
     def __setstate__(self, state: list) -> None:
         _, mode, size, _, self.data = state[:5]
         refuse((mode, *size, len(self.data)) != ("RGB", 28, 28, 3 * 28 * 28), IMAGES)
 
 
-# What pickled (image, label, colour) are made of; NumPy 1 and 2 name a scalar differently.
-PICKLED = [(PickledImage, "PIL.Image.Image"), np.dtype]
-PICKLED += [*{type(np.dtype(kind)) for kind in "?bBhHiIlLqQ"}]
-PICKLED += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+class PickledType:
+    """Stands for numpy.dtype, which would trust whatever a file says of it: keeps its name."""
+
+    def __init__(self, name: str, *_):
+        self.kind = name[0]
+
+    def __setstate__(self, state: tuple) -> None:
+        refuse(state[1] == ">", "its numbers are big-endian")
+
+
+def pickled_number(dtype: PickledType, data: bytes) -> int | bool:
+    """Stands for NumPy's constructor of scalars: integers and booleans as Python's own."""
+    refuse(dtype.kind not in "iub", "it has numbers that are neither integers nor booleans")
+    value = int.from_bytes(data, "little", signed=dtype.kind == "i")
+    return bool(value) if dtype.kind == "b" else value
+
+
+STAND_INS = [(PickledImage, "PIL.Image.Image"), (PickledType, "numpy.dtype")]
+STAND_INS += [(pickled_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
 class ColoredMNIST(torch.utils.data.Dataset):

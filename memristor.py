@@ -105,7 +105,7 @@ class CrossbarLayer(nn.Module):
         return self.read((rows * (limit / self.input_range)).clamp_(-limit, limit))
 
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
-        """Fix them, by inputs (N, in) or (N, channels, H, W) of the crossbar and the network."""
+        """Fix range, gains, offsets by inputs (N, in) or (N, C, H, W) of crossbar and network."""
         rows = self.rows(inputs)
         wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
         self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()

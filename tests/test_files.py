@@ -238,6 +238,16 @@ def test_code_in_a_file_is_not_run(folder, tmp_path, command):
     assert not trap.exists()
 
 
+class Forged:
+    """A number as no NumPy writes it: NumPy's own constructor of scalars would crash."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np.int64(1).__reduce__()[0], self.arguments
+
+
 def image(mode="RGB", size=(28, 28)):
     return Image.new(mode, size)
 
@@ -285,6 +295,9 @@ WRONG_COLOR[1, 1, 5, 5] = 9
         [(image(), 7, True)] * 3,
         [(torch.zeros(3), 1, True)] * 3,
         [(image(), 1, True), 5],
+        [Forged(np.dtype([("a", "O")]))],
+        [(image(), Forged(np.dtype("O")), True)] * 3,
+        [(image(), Forged(np.dtype([("a", "O")]), b"\1" * 8), True)] * 3,
     ],
 )
 def test_other_contents_are_refused(folder, content):

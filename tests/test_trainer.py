@@ -432,6 +432,7 @@ def plugin(tmp_path, code, more=""):
 
 
 OWN = """
+from __future__ import annotations
 from model import ERM, Network
 from register import NETWORKS, TRAINERS
 from torch import nn
@@ -541,7 +542,10 @@ def test_nonsense_is_refused(in_process, dataset_path, arguments, words):
     ("arguments", "words"),
     [
         (("--plugin", "no/such/file.py"), ("--plugin", "file.py")),
-        (("--save_model", "README.md", "--iteration", 1), ("--save_model", "README.md")),
+        (("--save_model", "README.md", "--iteration", 1), ("cannot write", "README.md")),
+        (("--save_model", "README.md/x"), ("cannot write", "README.md/x")),
+        (("--save_model", "/proc/none"), ("cannot write", "/proc/none")),
+        (("--save_model", "x" * 300), ("cannot write", "xxx")),
         (("--dataset_path", "README.md"), ("README.md",)),
         (("--dataset_path", "/proc/none"), ("/proc/none",)),
     ],
