@@ -124,7 +124,7 @@ def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
     """
     folder = Path(dataset_path) / "ColoredMNIST"
     draw_environments(Path(dataset_path), seed=seed)
-    anew = "delete it to draw it anew, or give another --dataset_path"
+    anew = "delete the folder to draw it anew, or give another --dataset_path"
     present = {path.stem for path in folder.glob("*.pt")}
     names = {name: env for env, name in enumerate(ENVIRONMENTS)}
     framework = {"train", "val", "test"} <= present and not names.keys() <= present

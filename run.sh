@@ -48,7 +48,7 @@ set_up_memtorch() {
 }
 
 log() { # LOG COMMAND...: what the command prints goes to LOG, once it is complete
-    local partial=".$1.partial"
+    partial=".$1.partial" # not local: the trap is called outside of this function
     say "${*:2}"
     trap 'rm -f "$partial"' EXIT
     "${@:2}" >"$partial"

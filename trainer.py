@@ -130,8 +130,9 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 def load(args: argparse.Namespace) -> Dataset:
     """The data on the GPU, if there is one and it may be used; begins the log."""
     if args.save_model:
-        with written_whole(Path(args.save_model) / "network"):
-            pass  # only makes the folder, or says now and not after minutes why it can't
+        with written_whole(Path(args.save_model) / "network") as partial:
+            partial.touch()  # what can't be written there is said now, not after the training
+            partial.unlink()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")

@@ -16,7 +16,7 @@ from statistics import fmean, pstdev
 
 from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure, unseen_digits
 
-from preprocessing import UserError, number, run_command, written_whole
+from preprocessing import UserError, number, refuse, run_command, written_whole
 from trainer import evaluate, parse_arguments
 
 GRADED = {"groupDRO": "tab:green", "IRM": "tab:purple"}
@@ -57,9 +57,11 @@ def read(path: Path) -> list[dict]:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         whole = {"number": int, "trainer": str, "repetition": int}
-        return [{name: whole.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
+        rows = [{name: whole.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    refuse({row["trainer"] for row in rows} != {*GRADED}, f"{path} has not both trainers' rows")
+    return rows
 
 
 def means(rows: list[dict], trainer: str, environment: str) -> dict[int, float]:
@@ -136,6 +138,8 @@ def main() -> None:
         rows = read(args.source)
     else:
         parse_arguments("", options)  # to refuse what can't be run before anything is
+        ours = {"--trainer", "--seed", "--dataset_path"} & {word.split("=")[0] for word in options}
+        refuse(ours, f"{', '.join(sorted(ours))}: that is what each job sets itself")
         known = read(args.table) if args.resume and args.table.exists() else []
         rows = compute(args.numbers, options, args.scheduler, known)
         with written_whole(args.table) as partial, open(partial, "w", newline="") as file:

@@ -163,8 +163,17 @@ def test_figure_is_drawn_again_from_the_table(tmp_path, in_process, monkeypatch)
     assert "worst 61.00 (number 0001)" in result.stdout
     assert figure.read_bytes().startswith(b"\x89PNG")
     assert_one_line(in_process(script, "--from", tmp_path / "none.csv"), "none.csv")
-    table.write_text("number,trainer\n1,IRM\n")
-    assert_one_line(in_process(script, "--from", table), table)
+    for text in ("number,trainer\n1,IRM\n", "number,trainer,repetition,test,unseen\n"):
+        table.write_text(text)
+        assert_one_line(in_process(script, "--from", table), table)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--trainer", "IRM"), ("--seed=5",), ("--dataset_path", "d")]
+)
+def test_a_sweep_over_numbers_refuses_what_it_sets(in_process, monkeypatch, arguments):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert_one_line(in_process("student_numbers.py", *arguments), arguments[0].split("=")[0])
 
 
 def test_a_scheduler_that_is_not_there_is_one_line(project, start):

@@ -11,6 +11,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 case "$*" in
     *memtorch-cpu*) if [ -e broken ]; then echo "fatal error: Python.h is missing"; exit 1; fi ;;
+    *--fail*groupDRO*) echo "Arguments: none"; exit 2 ;;
     *exp-mnist.py* | *memristor.py*)
         echo "Data: data/ColoredMNIST, drawn with p_f 0.2, seed 7"
         case "$*" in *groupDRO*) mean=0.6 ;; *memristor*) mean=0.56 ;; *) mean=0.5999 ;; esac
@@ -35,11 +36,11 @@ def clone(tmp_path):
     shutil.copy(ROOT / "requirements.txt", tmp_path / ".venv" / "installed")
     executable(tmp_path / "bin" / "g++", "#!/usr/bin/env bash\n")
 
-    def run(**environment):
+    def run(*arguments, **environment):
         path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         variables = os.environ | path | environment
         options = {"cwd": tmp_path, "env": variables, "capture_output": True, "text": True}
-        return subprocess.run(["bash", "run.sh", "--no_cuda"], check=False, **options)
+        return subprocess.run(["bash", "run.sh", "--no_cuda", *arguments], check=False, **options)
 
     run.folder = tmp_path
     return run
@@ -70,6 +71,15 @@ def test_another_seed_than_the_datas_is_said(clone):
     said = [line for line in clone(SEED="2024").stderr.splitlines() if "data of seed 7" in line]
     assert len(said) == 1 and "rm -r data/ColoredMNIST" in said[0]
     assert "data of seed" not in clone(SEED="0007").stderr
+
+
+def test_a_command_that_fails_ends_it_and_leaves_the_old_log(clone):
+    (clone.folder / "groupDRO_log.txt").write_text("old")
+    result = clone("--fail")
+    assert result.returncode == 2 and result.stdout == ""
+    assert all(line.startswith("run.sh: ") for line in result.stderr.splitlines()), result.stderr
+    assert (clone.folder / "groupDRO_log.txt").read_text() == "old"
+    assert not [*clone.folder.glob(".*.partial")]
 
 
 @pytest.mark.parametrize(
