@@ -57,11 +57,9 @@ def read(path: Path) -> list[dict]:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         whole = {"number": int, "trainer": str, "repetition": int}
-        rows = [{name: whole.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
+        return [{name: whole.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    refuse({row["trainer"] for row in rows} != {*GRADED}, f"{path} has not both trainers' rows")
-    return rows
 
 
 def means(rows: list[dict], trainer: str, environment: str) -> dict[int, float]:
@@ -136,6 +134,8 @@ def main() -> None:
     args, options = parser.parse_known_args()
     if args.source:
         rows = read(args.source)
+        both = {row["trainer"] for row in rows} == {*GRADED}
+        refuse(not both, f"{args.source} has not both trainers' rows")
     else:
         parse_arguments("", options)  # to refuse what can't be run before anything is
         ours = {"--trainer", "--seed", "--dataset_path"} & {word.split("=")[0] for word in options}
