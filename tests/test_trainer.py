@@ -544,8 +544,8 @@ def test_nonsense_is_refused(in_process, dataset_path, arguments, words):
         (("--plugin", "no/such/file.py"), ("--plugin", "file.py")),
         (("--save_model", "README.md", "--iteration", 1), ("cannot write", "README.md")),
         (("--save_model", "README.md/x"), ("cannot write", "README.md/x")),
-        (("--save_model", "/proc/none"), ("cannot write", "/proc/none")),
-        (("--save_model", "x" * 300), ("cannot write", "xxx")),
+        (("--save_model", "/proc"), ("cannot write", "/proc/network")),  # before it trains
+        (("--save_model", "long" * 80), ("cannot write", "long")),
         (("--dataset_path", "README.md"), ("README.md",)),
         (("--dataset_path", "/proc/none"), ("/proc/none",)),
     ],
