@@ -47,9 +47,10 @@ class MLP(Network):
     """The assignment's network: fully connected layers with ReLU, one logit.
 
     The blue channel is left out (see `dataset.Digits`), so that the first layer's weights start
-    from Glorot's bound for 1568 inputs, not for the assignment's 2352: it is 22 % wider. Those of
-    the logit start equal in size, every second one negative: were they drawn, few hidden units
-    might speak for y = 0, and images that reach none of these could get no negative logit.
+    from Glorot's bound for 1568 inputs, not for the assignment's 2352: it is 22 % wider. Red and
+    green start with the same weights: what the network does about colour it learns. The logit's
+    start equal in size, every second one negative: were they drawn, few hidden units might speak
+    for y = 0, and images that reach none of these could get no negative logit.
 
     Args:
         hidden_dim: units of each hidden layer (MLP)
@@ -74,7 +75,8 @@ class MLP(Network):
             layers += [nn.Dropout(drop_rate)] if drop_rate else []
             inputs = width
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
-        to_logit = self.phi[-1].weight.detach()
+        from_image, to_logit = (self.phi[index].weight.detach() for index in (0, -1))
+        from_image.copy_(from_image[:, :784].repeat(1, channels))
         to_logit.fill_(math.sqrt(2 / (inputs + 1)))  # the standard deviation of Glorot's draw
         to_logit[:, 1::2] *= -1
 
