@@ -75,8 +75,8 @@ class MLP(Network):
             layers += [nn.Dropout(drop_rate)] if drop_rate else []
             inputs = width
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
-        from_image, to_logit = (self.phi[index].weight.detach() for index in (0, -1))
-        from_image.copy_(from_image[:, :784].repeat(1, channels))
+        from_colors, to_logit = (self.phi[index].weight.detach() for index in (0, -1))
+        from_colors.copy_(from_colors[:, :784].repeat(1, channels))
         to_logit.fill_(math.sqrt(2 / (inputs + 1)))  # the standard deviation of Glorot's draw
         to_logit[:, 1::2] *= -1
 

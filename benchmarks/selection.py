@@ -39,17 +39,20 @@ Setting = tuple  # a value for each knob of a space, in its order
 class StartedMLP(MLP):
     """An MLP with a choice of initial weights.
 
-    The first layer's are Glorot's times `init_scale`; the logit's are "drawn" as Glorot's, or
-    "equal" in size.
+    The first layer's are Glorot's times `init_scale`, those from red and green "drawn" each or the
+    "same"; the logit's are "drawn" as Glorot's, or "equal" in size.
     """
 
     def __init__(
         self,
         channels: int = 2,
         init_scale: float = 1.0,
+        from_colors: Literal["drawn", "same"] = "same",
         to_logit: Literal["drawn", "equal"] = "equal",
     ):
         super().__init__(channels)
+        if from_colors == "drawn":
+            nn.init.xavier_uniform_(self.phi[0].weight)
         self.phi[0].weight.data.mul_(init_scale)
         if to_logit == "drawn":
             nn.init.xavier_uniform_(self.phi[-1].weight)
@@ -100,7 +103,7 @@ class CoarseDevices(StuckDevices):
 
 NETWORKS["MLP"], TRAINERS["IRM"] = StartedMLP, PenaltyIRM
 # Knobs that exp-mnist.py has not.
-OURS = {"init_scale": 1.0, "to_logit": "equal", "penalty": "plain"}
+OURS = {"init_scale": 1.0, "from_colors": "same", "to_logit": "equal", "penalty": "plain"}
 
 
 class Space(NamedTuple):
@@ -138,6 +141,7 @@ KNOBS = {
     "max_gradient_norm": (0.0, 0.1, 1.0),
     "shift": (0, 1, 2),
     "init_scale": (1.0, 0.3, 0.1),
+    "from_colors": ("drawn", "same"),
     "to_logit": ("drawn", "equal"),
     "epsilon": (1e-8, 1e-4, 1e-3),
 }

@@ -258,8 +258,9 @@ def test_every_knob_of_the_selection_turns_something(selection, monkeypatch):
 
     plain = measure()
     assert measure() == plain
-    turned = {"epsilon": 1e-4, "init_scale": 0.3, "to_logit": "equal", "penalty": "unbiased"}
-    for changed in ({knob: value} for knob, value in (turned | {"shift": 1}).items()):
+    turned = {"epsilon": 1e-4, "init_scale": 0.3, "from_colors": "same", "to_logit": "equal"}
+    turned |= {"penalty": "unbiased", "shift": 1}
+    for changed in ({knob: value} for knob, value in turned.items()):
         assert measure(**changed) != plain
 
 

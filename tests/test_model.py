@@ -229,6 +229,9 @@ def test_initial_weights():
     bound = math.sqrt(6 / (1568 + 64))
     assert 0.99 * bound < whole.phi[0].weight.abs().max() <= bound
     assert not whole.phi[0].bias.any()
+    # Untrained, it decides alike in both colours.
+    images = torch.randn(9, 1568)
+    assert torch.allclose(whole(images.roll(784, 1)), whole(images), atol=1e-5)
     # As many hidden units speak for either label, and as loudly.
     to_logit = whole.phi[-1].weight
     assert to_logit.sum() == 0 and to_logit.abs().unique().numel() == 1
