@@ -155,12 +155,12 @@ def to_crossbar(
         adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
-        max_input_voltage: what the largest input is encoded as, volts
+        max_input_voltage: where inputs are cut off, volts: 1.25 times the largest of `images`
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
         hrs_proportion: proportion of devices stuck at r_off, 0 to 1, but for those stuck at r_on
         conductance_states: equidistant conductances that a device can have; any, if not given
         device_variability: standard deviation of r_on and r_off between devices, relative to their
-            mean, 0 to 1
+            mean, 0 to 1; within its own, each device is programmed exactly
         fault_seed: seed of stuck devices and variability
     """
     check(r_on, r_off)
@@ -254,7 +254,7 @@ class StuckDevices(nn.Module):
 
 
 class Imitation(ERM):
-    """Cross entropy against the decisions of a trained network (Hinton et al. 2015).
+    """Cross entropy against the decisions of a trained network (after Hinton et al. 2015).
 
     They hold no label noise to memorise, and invariance need not be found again under damage.
     """
@@ -268,13 +268,13 @@ class Imitation(ERM):
         return super().losses(logits, batch._replace(labels=decisions.float()))
 
 
-def harden(network: Network, training: Digits, **options) -> Network:
+def harden(network: Network, training: Digits, iteration: int, **options) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
-    It imitates the network on `training` in both colours, with the `options` of `trainer.train`
+    It imitates the network on `training` in both colours, with the arguments of `trainer.train`
     before, but `HARDENING` times as long, and with the weights of the last quarter averaged.
     """
-    options |= {"iteration": HARDENING * options["iteration"], "average_last": 0.25}
+    options |= {"iteration": HARDENING * iteration, "average_last": 0.25}
     print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
     hardened = copy.deepcopy(network)
     for layer in hardened.phi:

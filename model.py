@@ -48,14 +48,14 @@ class MLP(Network):
 
     The blue channel is left out (see `dataset.Digits`), so that the first layer's weights start
     from Glorot's bound for 1568 inputs, not for the assignment's 2352: it is 22 % wider. Red and
-    green start with the same weights: what the network does about colour it learns. The logit's
-    start equal in size, every second one negative: were they drawn, few hidden units might speak
-    for y = 0, and images that reach none of these could get no negative logit.
+    green start with the same weights, so that an untrained network decides alike in both colours:
+    prior knowledge, which the assignment's network lacks. The logit's start equal in size, every
+    second one negative. Were both drawn, few hidden units might speak for a label in a colour, and
+    images that reach none of these could not be told apart.
 
     Args:
         hidden_dim: units of each hidden layer (MLP)
         bias: give the layers biases (MLP)
-        batchnorm: normalise hidden layers over the minibatch (MLP)
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
     """
 
@@ -64,14 +64,11 @@ class MLP(Network):
         channels: int = 2,
         hidden_dim: Annotated[tuple[int, ...], number(int, 1)] = (64, 16),
         bias: bool = False,
-        batchnorm: bool = False,
         drop_rate: DropRate = 0.0,
     ):
         layers, inputs = [], channels * 784
         for width in hidden_dim:
-            layers.append(nn.Linear(inputs, width, bias))
-            layers += [nn.BatchNorm1d(width)] if batchnorm else []
-            layers.append(nn.ReLU())
+            layers += [nn.Linear(inputs, width, bias), nn.ReLU()]
             layers += [nn.Dropout(drop_rate)] if drop_rate else []
             inputs = width
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
@@ -116,7 +113,7 @@ class ERM(Loss):
 
 
 class GroupDRO(Loss):
-    """Group distributionally robust optimisation (Sagawa et al. 2019, Algorithm 1).
+    """Group distributionally robust optimisation (Sagawa et al. 2019, Algorithm 1, all e a step).
 
     q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e with q held constant. q starts uniform.
 

@@ -52,6 +52,7 @@ log() { # LOG COMMAND...: what the command prints goes to LOG, once it is comple
     say "${*:2}"
     trap 'rm -f "$partial"' EXIT
     "${@:2}" >"$partial"
+    grep -q "^Summary: " "$partial" || { cat "$partial"; exit; } # --help, say
     mv "$partial" "$1"
     trap - EXIT
 }
@@ -70,6 +71,9 @@ if [ "${1:-}" = test ]; then
     exec $python -m pytest "${@:2}"
 fi
 
+case " $* " in
+    *" --seed "* | *" --seed="*) say "in place of --seed write SEED=2024 ./run.sh"; exit 2 ;;
+esac
 trainers="ERM groupDRO IRM Backdoor"
 for trainer in $trainers; do
     log "${trainer}_log.txt" $python exp-mnist.py --seed "$seed" "$@" --trainer "$trainer"

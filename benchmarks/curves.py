@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from jobs import ROOT, add_scheduler_flag, fresh_data, run_jobs, save_figure
+from jobs import ROOT, add_scheduler_flag, fresh_data, refuse_flags, run_jobs, save_figure
 from matplotlib.figure import Figure
 
 from preprocessing import ENVIRONMENTS, number, refuse, run_command
@@ -70,6 +70,7 @@ def main() -> None:
     args, options = parser.parse_known_args()
     # What can't be run is refused before anything is.
     refuse(not parse_arguments("", options).validation, "the curves need held-out digits")
+    refuse_flags(options, "trainer", "dataset_path")
     jobs = [(trainer, args.every, tuple(options)) for trainer in TRAINERS]
     results = dict(run_jobs(curves, jobs, args.scheduler))
 

@@ -37,6 +37,7 @@ from preprocessing import (  # noqa: E402
     color_digits,
     draw_environments,
     load_mnist,
+    refuse,
     written_whole,
 )
 from trainer import parse_arguments, train_repetition  # noqa: E402
@@ -94,6 +95,12 @@ def run_jobs(
 def add_scheduler_flag(parser: argparse.ArgumentParser) -> None:
     address = "compute on the workers of this Dask cluster instead of this machine's cores"
     parser.add_argument("--scheduler", metavar="tcp://HOST:8786", help=address)
+
+
+def refuse_flags(options: list[str], *names: str) -> None:
+    """UserError if `options`, meant for exp-mnist.py, have flags that the script sets itself."""
+    ours = {f"--{name}" for name in names} & {word.split("=")[0] for word in options}
+    refuse(ours, f"{', '.join(sorted(ours))}: that is what each job sets itself")
 
 
 def kept(*arguments: object) -> object:

@@ -14,7 +14,15 @@ import random
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure, unseen_digits
+from jobs import (
+    ROOT,
+    add_scheduler_flag,
+    experiment,
+    refuse_flags,
+    run_jobs,
+    save_figure,
+    unseen_digits,
+)
 
 from preprocessing import UserError, number, refuse, run_command, written_whole
 from trainer import evaluate, parse_arguments
@@ -138,8 +146,7 @@ def main() -> None:
         refuse(not both, f"{args.source} has not both trainers' rows")
     else:
         parse_arguments("", options)  # to refuse what can't be run before anything is
-        ours = {"--trainer", "--seed", "--dataset_path"} & {word.split("=")[0] for word in options}
-        refuse(ours, f"{', '.join(sorted(ours))}: that is what each job sets itself")
+        refuse_flags(options, "trainer", "seed", "dataset_path")
         known = read(args.table) if args.resume and args.table.exists() else []
         rows = compute(args.numbers, options, args.scheduler, known)
         with written_whole(args.table) as partial, open(partial, "w", newline="") as file:

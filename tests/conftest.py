@@ -21,6 +21,17 @@ import torch  # noqa: E402
 
 import dataset  # noqa: E402
 import preprocessing  # noqa: E402
+from model import Network  # noqa: E402
+
+
+class Normalized(Network):
+    """A network of a user's own, with batch normalisation."""
+
+    def __init__(self, drop_rate: float = 0.0):
+        hidden = [torch.nn.Linear(1568, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU()]
+        super().__init__(
+            torch.nn.Sequential(*hidden, torch.nn.Dropout(drop_rate), torch.nn.Linear(64, 1))
+        )
 
 
 @pytest.fixture(scope="session")

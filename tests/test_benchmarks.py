@@ -5,6 +5,7 @@ All of it in a copy of the project that draws small environments, with its own k
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import os
@@ -262,6 +263,11 @@ def test_every_knob_of_the_selection_turns_something(selection, monkeypatch):
     turned |= {"penalty": "unbiased", "shift": 1}
     for changed in ({knob: value} for knob, value in turned.items()):
         assert measure(**changed) != plain
+    for from_colors, to_logit in itertools.product(("drawn", "same"), ("drawn", "equal")):
+        phi = selection.StartedMLP(from_colors=from_colors, to_logit=to_logit).phi
+        red, green = phi[0].weight.chunk(2, 1)
+        assert torch.equal(red, green) == (from_colors == "same")
+        assert (phi[-1].weight.abs().unique().numel() == 1) == (to_logit == "equal")
 
 
 def test_hardening_can_be_tried_with_few_states_and_coarse_adcs(selection, monkeypatch):

@@ -219,7 +219,7 @@ def test_mlp_is_the_assignments():
     assert network.output_layer == 1 and not network.output_layer.requires_grad
     assert network(torch.randn(5, 1568)).shape == (5,)
     assert all(isinstance(layer, (nn.Linear, nn.ReLU)) for layer in network.phi)
-    rich = MLP(1, (8,), bias=True, drop_rate=0.5, batchnorm=True)
+    rich = MLP(1, (8,), bias=True, drop_rate=0.5)
     assert rich(torch.randn(5, 784)).shape == (5,) and rich.phi[-1].bias is not None
 
 

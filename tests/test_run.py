@@ -11,6 +11,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "$*" >>calls
 case "$*" in
     *memtorch-cpu*) if [ -e broken ]; then echo "fatal error: Python.h is missing"; exit 1; fi ;;
+    *--help*) echo "usage: exp-mnist.py" ;;
     *--fail*groupDRO*) echo "Arguments: none"; exit 2 ;;
     *exp-mnist.py* | *memristor.py*)
         echo "Data: data/ColoredMNIST, drawn with p_f 0.2, seed 7"
@@ -80,6 +81,20 @@ def test_a_command_that_fails_ends_it_and_leaves_the_old_log(clone):
     assert all(line.startswith("run.sh: ") for line in result.stderr.splitlines()), result.stderr
     assert (clone.folder / "groupDRO_log.txt").read_text() == "old"
     assert not [*clone.folder.glob(".*.partial")]
+
+
+def test_help_leaves_the_logs(clone):
+    (clone.folder / "ERM_log.txt").write_text("old")
+    result = clone("--help")
+    assert result.returncode == 0 and result.stdout == "usage: exp-mnist.py\n"
+    assert (clone.folder / "ERM_log.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize("arguments", [("--seed", "5"), ("--seed=5",)])
+def test_the_seed_has_its_own_way_in(clone, arguments):
+    result = clone(*arguments)
+    assert result.returncode == 2 and "SEED=" in result.stderr
+    assert not (clone.folder / "ERM_log.txt").exists()
 
 
 @pytest.mark.parametrize(

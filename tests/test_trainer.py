@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, assert_refused, same
+from conftest import ROOT, Normalized, assert_one_line, assert_refused, same
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
 from torch import nn
 from torch.nn import functional as F
@@ -249,7 +249,7 @@ class Filters(Network):
         )
 
 
-@pytest.mark.parametrize("network", [Filters, lambda: MLP(hidden_dim=(8,), batchnorm=True)])
+@pytest.mark.parametrize("network", [Filters, Normalized])
 @pytest.mark.parametrize("count", [2001, 4000])
 def test_batch_normalisation_fits_the_averaged_weights(data, network, count):
     """Its statistics are those of what the averaged layers make of the training images."""
@@ -268,7 +268,7 @@ def test_evaluation_does_not_change_training(data):
     weights = []
     for validation, steps in ((None, 1000), (data.test[torch.arange(100)], 1)):
         torch.manual_seed(0)
-        network = MLP(drop_rate=0.3, batchnorm=True)
+        network = Normalized(drop_rate=0.3)
         settings = {"iteration": 4, "batch_size": 100, "evaluation_steps": steps}
         weights.append(train(network, ERM(), data.training, validation, **settings))
     assert_close(*weights, rtol=0, atol=0)
@@ -361,7 +361,7 @@ def test_decisions_by_the_formula_are_those_of_the_logit(data):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("--bias", "--batchnorm", "--drop_rate", 0.2, "--hidden_dim", 32, 16, 8),
+        ("--bias", "--drop_rate", 0.2, "--hidden_dim", 32, 16, 8),
         ("--network", "CNN", "--batch_size", 64, "--bias"),
         ("--grayscale", "--validation", 0, "--average_last", 0),
         ("--grayscale", "--network", "CNN", "--batch_size", 64, "--drop_rate", 0),
