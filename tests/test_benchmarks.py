@@ -170,11 +170,19 @@ def test_figure_is_drawn_again_from_the_table(tmp_path, in_process, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--trainer", "IRM"), ("--seed=5",), ("--dataset_path", "d")]
+    ("script", "flag", "more"),
+    [
+        ("student_numbers.py", "--trainer=IRM", ()),
+        ("student_numbers.py", "--seed=5", ()),
+        ("student_numbers.py", "--dataset_path=d", ()),
+        ("results.py", "--trainer=IRM", ()),
+        ("results.py", "--seed=5", ("--seeds", 1, 2)),
+        ("curves.py", "--trainer=IRM", ()),
+    ],
 )
-def test_a_sweep_over_numbers_refuses_what_it_sets(in_process, monkeypatch, arguments):
+def test_a_sweep_refuses_what_it_sets_itself(in_process, monkeypatch, script, flag, more):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    assert_one_line(in_process("student_numbers.py", *arguments), arguments[0].split("=")[0])
+    assert_one_line(in_process(script, flag, *more), flag.split("=")[0])
 
 
 def test_a_scheduler_that_is_not_there_is_one_line(project, start):
