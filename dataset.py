@@ -48,7 +48,7 @@ class Digits:
     def __getitem__(self, index: Tensor) -> "Digits":
         return Digits(*(t[index.to(t.device)] for t in vars(self).values()))
 
-    def to(self, device: torch.device) -> "Digits":
+    def to(self, device: str) -> "Digits":
         return Digits(*(tensor.to(device) for tensor in vars(self).values()))
 
     def recolored(self) -> "Digits":
@@ -102,11 +102,6 @@ class Dataset(NamedTuple):
     test: Digits
     description: str
 
-    def to(self, device: torch.device, grayscale: bool = False) -> "Dataset":
-        """The same on a device, and without colour if `grayscale`."""
-        parts = (part and (part.grayscale() if grayscale else part) for part in self[:3])
-        return Dataset(*(part and part.to(device) for part in parts), self.description)
-
     def hold_out(self, proportion: float) -> tuple[Digits, Digits | None]:
         """Digits to train on and digits for validation: drawn at random, unless the files say."""
         if self.validation is not None or not proportion:
@@ -117,10 +112,12 @@ class Dataset(NamedTuple):
         return self.training[order[held_out:]], self.training[order[:held_out]]
 
 
-def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
+def load_dataset(
+    dataset_path: str | Path, seed: int = 1234, grayscale: bool = False, device: str = "cpu"
+) -> Dataset:
     """The data in `dataset_path`/ColoredMNIST; where there are none, drawn first with `seed`.
 
-    Raises UserError if the files are damaged or of no known form.
+    Without colour if `grayscale`. Raises UserError if files are damaged or of no known form.
     """
     folder = Path(dataset_path) / "ColoredMNIST"
     draw_environments(Path(dataset_path), seed=seed)
@@ -132,6 +129,7 @@ def load_dataset(dataset_path: str | Path, seed: int = 1234) -> Dataset:
     missing = ", ".join(f"{name}.pt" for name in names if name not in present)
     refuse(missing, f"{folder} lacks {missing}: put it there, or {anew}")
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
+    digits = [(part.grayscale() if grayscale else part).to(device) for part in digits]
     refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
     training, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
     one_label = any(part.labels.min() == part.labels.max() for part in (training, test))

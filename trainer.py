@@ -133,10 +133,10 @@ def load(args: argparse.Namespace) -> Dataset:
         with written_whole(Path(args.save_model) / "network") as partial:
             partial.touch()  # what can't be written there is said now, not after the training
             partial.unlink()
-    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    device = "cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu"
     print(f"Arguments: {vars(args)}")
-    print(f"Device: {torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}")
-    data = load_dataset(args.dataset_path, args.seed).to(device, args.grayscale)
+    print(f"Device: {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}")
+    data = load_dataset(args.dataset_path, args.seed, args.grayscale, device)
     print(f"Data: {data.description}", flush=True)
     return data
 

@@ -201,7 +201,7 @@ def fresh_data(args: argparse.Namespace, drawing: dict | None = None) -> Dataset
     """What `--seed` draws, on the CPU; its files are deleted."""
     with tempfile.TemporaryDirectory() as folder:
         draw_environments(Path(folder), seed=args.seed, **drawing or {})
-        return load_dataset(folder, args.seed).to(torch.device("cpu"), args.grayscale)
+        return load_dataset(folder, args.seed, args.grayscale)
 
 
 @functools.cache

@@ -83,7 +83,7 @@ def paper_accuracy(
     """The same by the paper's protocol."""
     with tempfile.TemporaryDirectory() as folder:
         draw_environments(Path(folder), seed=draw, **DRAWING)
-        data = load_dataset(folder).to(torch.device("cpu"), grayscale)
+        data = load_dataset(folder, grayscale=grayscale)
     training, test = (raw_pixels(digits) for digits in (data.training, data.test))
     torch.manual_seed(draw)
     network = Network(
