@@ -166,7 +166,10 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
             images, labels, colors = zip(*record, strict=True)
             types = {*map(type, labels)} == {int} and {*map(type, colors)} == {bool}
             refuse(not types, "it does not hold tuples of (image, int label, bool colour)")
-            pixels = bytearray(b"".join(image.data for image in images))
+            _, modes, sizes, _, pixels = zip(*(image.state[:5] for image in images), strict=True)
+            fit = {*modes} == {"RGB"} and {*sizes} == {(28, 28)} and {*map(len, pixels)} == {2352}
+            refuse(not fit, IMAGES)
+            pixels = bytearray(b"".join(pixels))
             images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
             labels, colors = torch.tensor(labels), torch.tensor(colors)
             form = "tuples of (image, label, colour) (the course project's form)"
@@ -203,32 +206,25 @@ def checked_digits(last: int, *fields: Tensor) -> Digits:
     return Digits(images[:, :2].contiguous(), labels.float(), colors.long(), envs.long())
 
 
-class PickledImage:
-    """Stands for PIL.Image.Image when a stranger's file is read: keeps the pixels, runs nothing."""
+class StandIn:
+    """Stands for PIL.Image.Image and numpy.dtype when a stranger's file is read: runs nothing."""
 
-    def __setstate__(self, state: list) -> None:
-        _, mode, size, _, self.data = state[:5]
-        refuse((mode, *size, len(self.data)) != ("RGB", 28, 28, 3 * 28 * 28), IMAGES)
+    def __init__(self, *arguments):
+        self.arguments = arguments
 
-
-class PickledType:
-    """Stands for numpy.dtype, which would trust whatever a file says of it: keeps its name."""
-
-    def __init__(self, name: str, *_):
-        self.kind = name[0]
-
-    def __setstate__(self, state: tuple) -> None:
-        refuse(state[1] == ">", "its numbers are big-endian")
+    def __setstate__(self, state: tuple | list) -> None:
+        self.state = state
 
 
-def pickled_number(dtype: PickledType, data: bytes) -> int | bool:
+def pickled_number(dtype: StandIn, data: bytes) -> int | bool:
     """Stands for NumPy's constructor of scalars: integers and booleans as Python's own."""
-    refuse(dtype.kind not in "iub", "it has numbers that are neither integers nor booleans")
-    value = int.from_bytes(data, "little", signed=dtype.kind == "i")
-    return bool(value) if dtype.kind == "b" else value
+    kind = dtype.arguments[0][0]
+    refuse(kind not in "iub", "it has numbers that are neither integers nor booleans")
+    value = int.from_bytes(data, "little", signed=kind == "i")
+    return bool(value) if kind == "b" else value
 
 
-STAND_INS = [(PickledImage, "PIL.Image.Image"), (PickledType, "numpy.dtype")]
+STAND_INS = [(StandIn, "PIL.Image.Image"), (StandIn, "numpy.dtype")]
 STAND_INS += [(pickled_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 
 
