@@ -332,7 +332,7 @@ def test_a_test_file_with_environments_is_refused(framework_form, tmp_path):
     folder = shutil.copytree(framework_form, tmp_path / "ColoredMNIST")
     images, labels = torch.load(folder / "test.pt", weights_only=True)
     torch.save([images, labels, labels.long()], folder / "test.pt")
-    with pytest.raises(UserError, match="test.pt cannot be used .*3 tensors"):
+    with pytest.raises(UserError, match="test.pt cannot be used"):
         load(folder)
 
 
