@@ -101,9 +101,6 @@ class Loss:
         """R_e, (E,)."""
         return self.means(self.losses(logits, batch), batch)
 
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        raise NotImplementedError
-
 
 class ERM(Loss):
     """Empirical risk minimisation: mean over e of R_e (assignment, equations 2 and 3)."""
