@@ -301,8 +301,8 @@ def main() -> None:
         network, _, training, _ = trainer.train_repetition(args, data, repetition)
         if args.harden:
             network = harden(network, training, **trainer.arguments_of(trainer.train, args))
-        trainer.save(network, args, repetition, "_hardened" if args.harden else "")
         digital.append(trainer.evaluate(network, data.test))
+        trainer.save(network, args, repetition, "_hardened" if args.harden else "")
         print(f"Test result: {digital[-1]}")
         images = calibration_images(training)
         crossbar = to_crossbar(network, images, **trainer.arguments_of(to_crossbar, args))

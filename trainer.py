@@ -50,7 +50,7 @@ def train(
     """Minimise the loss with Adam; returns the trained network, in evaluation mode.
 
     The network given is trained in place, the one returned has averaged weights; `validation` is
-    for the log alone. Raises UserError if the objective or a weight is no longer finite.
+    for the log alone. Raises UserError if the objective is no longer finite.
 
     Args:
         iteration: minibatches per training
@@ -90,8 +90,6 @@ def train(
             if validation is not None:
                 line += f"; validation {evaluate(network, validation)}"
             print(line, flush=True)
-    finite = all(parameter.isfinite().all() for parameter in network.parameters())
-    refuse(not finite, "diverged: a weight is nan or infinite; lower --learning_rate")
     if average_last:
         update_bn(training.chunks(), average.module)
     return average.module.eval()
