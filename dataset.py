@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
@@ -246,8 +247,6 @@ class ColoredMNIST(torch.utils.data.Dataset):
         return len(self.digits)
 
     def __getitem__(self, index: int) -> tuple:
-        from PIL import Image
-
         image, label, color, _ = (t[index] for t in vars(self.digits).values())
         rgb = torch.nn.functional.pad(image.movedim(0, 2), (0, 1)).numpy()
         return self.transform(Image.fromarray(rgb)), self.target_transform(int(label)), int(color)
