@@ -23,7 +23,6 @@ from torch import Tensor
 ENVIRONMENTS = ("train1", "train2", "test")
 P_F = 0.2
 P_E = (0.1, 0.4, 0.9)
-SIZES = (20000, 20000, 20000)
 MNIST = Path(__file__).parent / "data" / "mnist.npz"
 
 
@@ -144,7 +143,7 @@ def draw_environments(
     *,
     p_f: Proportion = P_F,
     p_e: Annotated[tuple[float, float, float], number(float, 0, 1)] = P_E,
-    sizes: Annotated[tuple[int, int, int], number(int, 2)] = SIZES,
+    sizes: Annotated[tuple[int, int, int], number(int, 2)] = (20000, 20000, 20000),
     shuffle_digits: bool = False,
     seed: Seed = 1234,
 ) -> bool:
@@ -164,10 +163,10 @@ def draw_environments(
     folder = dataset_path / "ColoredMNIST"
     if any(folder.glob("*")):
         return False
-    total, most = sum(sizes), sum(SIZES)
-    refuse(total > most, f"--sizes adds up to {total}, and there are {most} digits")
     generator = torch.Generator().manual_seed(seed)
     images, digits = load_mnist()
+    total = sum(sizes)
+    refuse(total > len(digits), f"--sizes adds up to {total}, and there are {len(digits)} digits")
     order = torch.arange(total)
     if shuffle_digits:
         order[: sum(sizes[:2])] = torch.randperm(sum(sizes[:2]), generator=generator)

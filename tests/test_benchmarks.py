@@ -39,7 +39,7 @@ def project(tmp_path_factory):
     (folder / "data").mkdir()
     (folder / "data" / "mnist.npz").symlink_to(ROOT / "data" / "mnist.npz")
     text = (folder / "preprocessing.py").read_text()
-    small = text.replace("SIZES = (20000, 20000, 20000)", "SIZES = (700, 700, 700)")
+    small = text.replace("(20000, 20000, 20000)", "(700, 700, 700)")
     assert small != text
     (folder / "preprocessing.py").write_text(small)
     return folder
