@@ -89,8 +89,10 @@ class CrossbarLayer(nn.Module):
             return inputs
         return F.unfold(inputs, self.layer.kernel_size).transpose(1, 2).flatten(0, 1)
 
-    def read(self, voltages: Tensor) -> Tensor:
-        """(N, rows) → currents (N, columns), as MemTorch's `tiled_inference` has one sample's."""
+    def currents(self, rows: Tensor) -> Tensor:
+        """Rows (N, in) → (N, columns), as MemTorch's `tiled_inference` has one sample's."""
+        limit = self.layer.max_input_voltage
+        voltages = (rows * (limit / self.input_range)).clamp_(-limit, limit)
         height, width = self.tiles.shape[-2:]
         total = voltages.new_zeros(len(voltages), self.grid.shape[1], width)
         for volts, row in zip(voltages.split(height, 1), self.grid, strict=True):
@@ -99,10 +101,6 @@ class CrossbarLayer(nn.Module):
             bits = self.layer.ADC_resolution
             total += quantize_currents(currents, bits) if bits else currents
         return total.flatten(1)[:, : self.columns]
-
-    def currents(self, rows: Tensor) -> Tensor:
-        limit = self.layer.max_input_voltage
-        return self.read((rows * (limit / self.input_range)).clamp_(-limit, limit))
 
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
         """Fix range, gains, offsets by inputs (N, in) or (N, C, H, W) of crossbar and network."""

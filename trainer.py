@@ -87,8 +87,7 @@ def train(
         if step % evaluation_steps == 0:
             risks = "train1 {:.4f}, train2 {:.4f}".format(*loss.risks(logits.detach(), batch))
             line = f"Iteration {step}: objective {objective:.4f}; loss of {risks}"
-            if validation is not None:
-                line += f"; validation {evaluate(network, validation)}"
+            line += f"; validation {evaluate(network, validation)}" if validation else ""
             print(line, flush=True)
     if average_last:
         update_bn(training.chunks(), average.module)
