@@ -173,7 +173,7 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
             form = "tuples of (image, label, colour) (the course project's form)"
         envs = torch.full((len(labels),), env) if envs is None else envs
         form += "" if checked else ", in torch's old format, which has no checksums"
-        return checked_digits(1 if env is None else 2, images, labels, colors, envs), form
+        return digits_of(1 if env is None else 2, images, labels, colors, envs), form
     except Exception as error:  # whatever a stranger's bytes may provoke
         reason = error if isinstance(error, (UserError, OSError)) else "damaged or of unknown form"
         remedy = f"replace it, or delete {path.parent} to draw it anew"
@@ -190,9 +190,8 @@ def denormalized(images: Tensor) -> Tensor:
     return grey.to(torch.uint8).view(-1, 3, 28, 28)
 
 
-def checked_digits(last: int, *fields: Tensor) -> Digits:
+def digits_of(last: int, images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor) -> Digits:
     """`Digits` of RGB images (N, 3, 28, 28); UserError for other shapes, types or values."""
-    images, labels, colors, envs = fields
     refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28), IMAGES)
     refuse(len(images) < 2, "it needs two images or more")
     for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):

@@ -69,12 +69,7 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
 
 
 class CrossbarLayer(nn.Module):
-    """A MemTorch layer computed tile by tile for a whole batch, with a fixed range of inputs.
-
-    `calibrate` fixes the range of the inputs once (MemTorch's `naive_scale` divides each batch by
-    its own largest), and finds by least squares the gain and the offset that turn each output's
-    current into the digital layer's number (MemTorch's `tune` has one pair for a layer).
-    """
+    """A MemTorch layer computed tile by tile for a whole batch, with a fixed range of inputs."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -103,7 +98,11 @@ class CrossbarLayer(nn.Module):
         return total.flatten(1)[:, : self.columns]
 
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
-        """Fix range, gains, offsets by inputs (N, in) or (N, C, H, W) of crossbar and network."""
+        """Fix the range of the inputs, and each output's gain and offset, by least squares.
+
+        By inputs (N, in) or (N, C, H, W) of crossbar and digital network. MemTorch divides each
+        batch by its own largest input (`naive_scale`), and tunes a layer as a whole (`tune`).
+        """
         rows = self.rows(inputs)
         wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
         self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()

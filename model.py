@@ -21,8 +21,7 @@ class Network(nn.Module):
     """Layers `phi`, (N, channels · 784) → logit Φ(x) (N, 1), then the frozen scalar w = 1.
 
     Weights are drawn as in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010), biases are 0,
-    unless a subclass sets them. Two channels are red and green, one is for a network that can't
-    see colour.
+    unless a subclass sets them. Two channels are red and green, one has no colour.
     """
 
     defaults = {}  # of the command line's arguments, in place of what the signatures say
