@@ -6,6 +6,7 @@ import runpy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated
 
 import torch
@@ -126,10 +127,9 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 
 def load(args: argparse.Namespace) -> Dataset:
     """The data on the GPU, if there is one and it may be used; begins the log."""
-    if args.save_model:
+    if args.save_model:  # what can't be written there is said now, not after the training
         with written_whole(Path(args.save_model) / "network") as partial:
-            partial.touch()  # what can't be written there is said now, not after the training
-            partial.unlink()
+            TemporaryFile(dir=partial.parent).close()
     device = "cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu"
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}")
