@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from dataset import MEAN, STD, Digits, concatenate, load_dataset
 from metric import metrics, summarize
 from model import CNN, ERM, IRM, MLP, Network
 from preprocessing import UserError, draw_environments
-from trainer import fast_products, parse_arguments, predict, train, train_repetition
+from trainer import fast_products, load, parse_arguments, predict, train, train_repetition
 
 SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 2, "--evaluation_steps", 20)
 SUMMARY = re.compile(
@@ -284,6 +285,14 @@ def test_dropout_does_not_depend_on_how_many_repetitions_follow(in_process, data
 
     one, three = results(1), results(3)
     assert one[0] == three[0] and len(set(three)) == 3
+
+
+def test_runs_that_save_into_one_folder_at_once(small_files, tmp_path, capsys):
+    """What is tried before the training does not disturb another run that tries it, too."""
+    path = ["--dataset_path", str(small_files.parent), "--save_model", str(tmp_path / "new")]
+    args = parse_arguments("", path)
+    with ThreadPoolExecutor(8) as runs:
+        assert len([*runs.map(load, [args] * 200)]) == 200
 
 
 def test_log_and_saved_models(in_process, dataset_path, data, tmp_path):
