@@ -152,7 +152,7 @@ def to_crossbar(
         adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
-        max_input_voltage: where inputs are cut off, volts: 1.25 times the largest of `images`
+        max_input_voltage: volts at which inputs are cut off, 1.25 times the largest in calibration
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
         hrs_proportion: proportion of devices stuck at r_off, 0 to 1, but for those stuck at r_on
         conductance_states: equidistant conductances that a device can have; any, if not given

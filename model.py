@@ -109,9 +109,10 @@ class ERM(Loss):
 
 
 class GroupDRO(Loss):
-    """Group distributionally robust optimisation (Sagawa et al. 2019, Algorithm 1, all e a step).
+    """Group distributionally robust optimisation (after Sagawa et al. 2019, Algorithm 1).
 
-    q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e with q held constant. q starts uniform.
+    In each step, for all e: q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e with q held
+    constant. q starts uniform.
 
     Args:
         eta: step size η of groupDRO's weights q
