@@ -15,8 +15,7 @@ from torch import Tensor
 
 from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
 
-# Of the value / 255, in the red and the green channel; blue is 0 throughout.
-MEAN, STD = 0.1307, 0.3081
+MEAN, STD = 0.1307, 0.3081  # of value / 255, red and green; blue is 0 throughout
 IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
 CHUNK = 2000  # images made into floats at a time when all of them are passed through a network
 
@@ -34,8 +33,7 @@ class Batch(NamedTuple):
 class Digits:
     """Coloured digits as bytes, kept where they are used. `digits[index]` is a part of them.
 
-    The blue channel is left out: it is 0 in every image, also once normalised, so that no weight
-    that reads it has an effect or a gradient.
+    Blue is left out: it is 0 in every image, so that its weights have no effect and no gradient.
     """
 
     images: Tensor  # (N, 2, 28, 28) uint8, red and green; (N, 1, 28, 28) without colour
@@ -67,8 +65,8 @@ class Digits:
     def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
         """Endless minibatches of `size`, or of all digits if they are fewer.
 
-        Each pass is without replacement and in a new order; what is left of it is dropped. Each
-        minibatch is moved by up to `shift` pixels up or down and as many to the left or right.
+        Each pass is in a new order; what is left of it is dropped. Each minibatch is moved by up to
+        `shift` pixels up or down, and to the left or right.
         """
         size, count = min(size, len(self)), len(self)
         passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())
@@ -116,9 +114,9 @@ class Dataset(NamedTuple):
 def load_dataset(
     dataset_path: str | Path, seed: int = 1234, grayscale: bool = False, device: str = "cpu"
 ) -> Dataset:
-    """The data in `dataset_path`/ColoredMNIST; where there are none, drawn first with `seed`.
+    """The data in `dataset_path`/ColoredMNIST, drawn first with `seed` where there are none.
 
-    Without colour if `grayscale`. Raises UserError if files are damaged or of no known form.
+    Raises UserError if files are damaged or of no known form.
     """
     folder = Path(dataset_path) / "ColoredMNIST"
     draw_environments(Path(dataset_path), seed=seed)
@@ -141,9 +139,9 @@ def load_dataset(
 def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
     """The digits in a .pt file of any known form, and what form that is.
 
-    The project's own form is a dict, the course project's a list of (image, label, colour); the
-    course framework's is [images, labels] or, where `env` is None, [images, labels, environments].
-    Raises UserError, naming the file and the remedy, if it is damaged or holds anything else.
+    The project's own is a dict, the course project's a list of (image, label, colour), the course
+    framework's [images, labels] or, where `env` is None, [images, labels, environments]. Raises
+    UserError, naming the file and the remedy, if it is damaged or holds anything else.
     """
     try:
         checked = zipfile.is_zipfile(path)
@@ -165,10 +163,9 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         else:
             images, labels, colors = zip(*record, strict=True)
             _, modes, sizes, _, pixels = zip(*(image.state[:5] for image in images), strict=True)
-            fit = {*modes} == {"RGB"} and {*sizes} == {(28, 28)} and {*map(len, pixels)} == {2352}
-            refuse(not fit, IMAGES)
-            pixels = bytearray(b"".join(pixels))
-            images = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 28, 28, 3).movedim(3, 1)
+            refuse({*modes} != {"RGB"} or {*sizes} != {(28, 28)}, IMAGES)
+            images = torch.frombuffer(bytearray(b"".join(pixels)), dtype=torch.uint8)
+            images = images.view(-1, 28, 28, 3).movedim(3, 1)
             labels, colors = torch.tensor(labels), torch.tensor(colors)
             form = "tuples of (image, label, colour) (the course project's form)"
         envs = torch.full((len(labels),), env) if envs is None else envs

@@ -25,7 +25,6 @@ def main() -> None:
         channels = training.images.shape[1]  # red and green, or one of grey levels
         network = make_network(channels=channels, **arguments_of(make_network, args))
         loss = make_loss(**arguments_of(make_loss, args))
-        network.to(training.images.device)
         network = train(network, loss, training, validation, **arguments_of(train, args))
 
         logits, recolored = predict(network, data.test), predict(network, data.test.recolored())

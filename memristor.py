@@ -37,9 +37,8 @@ HARDENING = 3  # times as long as the training before it
 def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
     """What `patch_model` calls for each cell of a crossbar: returns a VTEAM device.
 
-    Identical cells share one, as only its resistances are read. Where devices vary, each is a copy
-    with resistances of its own: normal, with standard deviation `variability` times the mean, and
-    at least a tenth of the mean.
+    Identical cells share one, as only its resistances are read. Where devices vary, they are drawn:
+    normal, with standard deviation `variability` times the mean, and at least a tenth of the mean.
     """
     prototype = memtorch.bh.memristor.VTEAM(r_off=r_off, r_on=r_on)
     draws = random.Random(seed)
@@ -146,8 +145,8 @@ def to_crossbar(
     UserError without MemTorch, or where resistances or layers don't fit.
 
     Args:
-        network: layers in `network.phi`, a Sequential; convolutions without stride or padding.
-        images: (N, inputs), normalised, to calibrate with, such as `calibration_images`.
+        network: its `phi` is a flat Sequential, with convolutions without stride or padding
+        images: (N, inputs), normalised, to calibrate with, such as `calibration_images`
         tile_shape: rows and columns of a tile
         adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
         r_on: lowest resistance of a device, ohms
@@ -161,15 +160,15 @@ def to_crossbar(
         fault_seed: seed of stuck devices and variability
     """
     check(r_on, r_off)
-    convolutions = [layer for layer in network.phi if isinstance(layer, nn.Conv2d)]
-    simple = ((1, 1), (0, 0), (1, 1), 1)
-    plain = all((c.stride, c.padding, c.dilation, c.groups) == simple for c in convolutions)
-    flat = not any([*layer.children()] for layer in network.phi)
-    refuse(not (plain and flat), "crossbars take a flat nn.Sequential, no stride and no padding")
+    simple = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    for layer in network.phi:
+        fits = not isinstance(layer, nn.Conv2d) or simple.items() <= vars(layer).items()
+        flat = not [*layer.children()]
+        refuse(not (fits and flat), "crossbars take a flat nn.Sequential, no stride and no padding")
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
-    # MemTorch reads 1T1R cells from the crossbar's matrix alone: no need to write each into its
-    # device as well. To look at devices, call the crossbar's `update(from_devices=False)`.
+    # MemTorch reads 1T1R cells from the matrix alone: no need to write each into its device, too.
+    # To look at devices, call the crossbar's `update(from_devices=False)`.
     with mock.patch.object(memtorch.bh.crossbar.Crossbar, "update"):
         patch_model(
             crossbar,
@@ -182,8 +181,7 @@ def to_crossbar(
             quant_method="linear" if adc_resolution else None,
             verbose=False,
         )
-    # MemTorch draws the stuck devices from NumPy's global generator.
-    np.random.seed(fault_seed)
+    np.random.seed(fault_seed)  # of the generator that MemTorch draws stuck devices from
     inputs = digital_inputs = images.cpu()
     with torch.no_grad():
         for index, layer in enumerate(crossbar.phi):
@@ -232,7 +230,7 @@ class StuckDevices(nn.Module):
     (straight-through), so all weights learn to do without any of the others.
     """
 
-    LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.25
+    LIMIT, MOST_ON, MOST_OFF = 1.0, 0.2, 0.25
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
@@ -269,21 +267,21 @@ def harden(network: Network, training: Digits, iteration: int, **options) -> Net
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
     It imitates the network on `training` in both colours, with the arguments of `trainer.train`
-    before, but `HARDENING` times as long, and with the weights of the last quarter averaged.
+    before, but `HARDENING` times as long, and without weight decay.
     """
-    options |= {"iteration": HARDENING * iteration, "average_last": 0.25}
+    options |= {"iteration": HARDENING * iteration, "weight_decay": 0.0}
     print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
     hardened = copy.deepcopy(network)
     for layer in hardened.phi:
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.numel() > 1:
             nn.utils.parametrize.register_parametrization(layer, "weight", StuckDevices())
-    in_both_colors = concatenate([training, training.recolored()])
-    hardened = trainer.train(hardened, Imitation(network), in_both_colors, None, **options)
+    both_colors = concatenate([training, training.recolored()])
+    hardened = trainer.train(hardened, Imitation(network), both_colors, None, **options)
     for layer in hardened.phi:
         if nn.utils.parametrize.is_parametrized(layer):
             nn.utils.parametrize.remove_parametrizations(layer, "weight")
-    update_bn(in_both_colors.chunks(), hardened)  # of sound devices
+    update_bn(both_colors.chunks(), hardened)  # of sound devices
     return hardened.eval()
 
 

@@ -20,7 +20,7 @@ DropRate = Annotated[float, number(float, 0, 0.99)]
 class Network(nn.Module):
     """Layers `phi`, (N, channels · 784) → logit Φ(x) (N, 1), then the frozen scalar w = 1.
 
-    Weights are drawn as in the code of Arjovsky et al. 2019 (Glorot & Bengio 2010), biases are 0,
+    Weights are Glorot's (Glorot & Bengio 2010), as in the code of Arjovsky et al. 2019, biases 0,
     unless a subclass sets them. Two channels are red and green, one has no colour.
     """
 
@@ -45,12 +45,11 @@ class Network(nn.Module):
 class MLP(Network):
     """The assignment's network: fully connected layers with ReLU, one logit.
 
-    The blue channel is left out (see `dataset.Digits`), so that the first layer's weights start
-    from Glorot's bound for 1568 inputs, not for the assignment's 2352: it is 22 % wider. Red and
-    green start with the same weights, so that an untrained network decides alike in both colours:
-    prior knowledge, which the assignment's network lacks. The logit's start equal in size, every
-    second one negative. Were both drawn, few hidden units might speak for a label in a colour, and
-    images that reach none of these could not be told apart.
+    As blue is left out (see `dataset.Digits`), the first layer's weights start from Glorot's bound
+    for 1568 inputs, which is 22 % wider than the assignment's for 2352. Red and green start with
+    the same weights, so that an untrained network decides alike in both colours: prior knowledge,
+    which the assignment's network lacks. The logit's start equal in size, every second one
+    negative. Were both drawn, few hidden units might speak for a label in a colour.
 
     Args:
         hidden_dim: units of each hidden layer (MLP)
@@ -78,10 +77,10 @@ class MLP(Network):
 
 
 class Loss:
-    """What a trainer minimises: `objective = loss(logits, batch)`.
+    """What a trainer minimises: `objective = loss(logits, batch)`, logits (N,), objective a scalar.
 
-    Logits are (N,), the objective is a scalar. An instance serves one training: it may keep state
-    between steps. An environment that a minibatch lacks has risk and penalty 0 in it.
+    An instance serves one training: it may keep state between steps. An environment that a
+    minibatch lacks has risk and penalty 0 in it.
     """
 
     defaults = {}  # of the command line's arguments, in place of what the signatures say
@@ -111,8 +110,7 @@ class ERM(Loss):
 class GroupDRO(Loss):
     """Group distributionally robust optimisation (after Sagawa et al. 2019, Algorithm 1).
 
-    In each step, for all e: q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e with q held
-    constant. q starts uniform.
+    q starts uniform. In each step q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e, q constant.
 
     Args:
         eta: step size η of groupDRO's weights q
@@ -160,6 +158,9 @@ class Backdoor(Loss):
             bootstrapping, Little & Badawy 2019); σ(Φ) is then the posterior for balanced labels
     """
 
+    # Twice as long, as a weight from one colour sees half of the digits.
+    defaults = {"iteration": 800, "weight_decay": 1e-3}
+
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         self.adjustment = adjustment
         # Of the samples seen so far, (S, 2): stratum 2 e + z, label. The half leaves odds finite.
@@ -193,7 +194,7 @@ class CNN(Network):
         drop_rate: proportion of hidden units dropped while training, 0 to 0.99
     """
 
-    defaults = {"batch_size": 384, "iteration": 800}
+    defaults = {"batch_size": 384, "iteration": 800, "weight_decay": 0.0}
 
     def __init__(self, channels: int = 2, drop_rate: DropRate = 0.0):
         layers = [nn.Unflatten(1, (channels, 28, 28))]

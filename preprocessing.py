@@ -109,10 +109,7 @@ def remove(path: Path) -> None:
 
 
 def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
-    """MNIST's "train" or "test" part: images (N, 28, 28) uint8 and digits (N,) uint8.
-
-    UserError if the file that comes with the project is missing or damaged.
-    """
+    """MNIST's "train" or "test" images (N, 28, 28) and digits (N,), uint8; UserError if damaged."""
     try:
         with np.load(MNIST) as archive:
             return tuple(torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
@@ -124,11 +121,10 @@ def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
 def color_digits(
     images: Tensor, digits: Tensor, p_f: float, p_e: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """One environment: MNIST's images (N, 28, 28) uint8 and digits (N,), coloured.
+    """One environment: MNIST's images (N, 28, 28) and digits (N,), coloured (assignment, data set).
 
-    A label is that of its digit (0 for 0-4, 1 for 5-9), but flipped with probability `p_f`; a
-    colour id, 1 for red, is the label, but flipped with probability `p_e` (assignment, data set).
-    Images become (N, 3, 28, 28); all three are uint8.
+    A label is that of its digit (0 for 0-4, 1 for 5-9), flipped with probability `p_f`; a colour
+    id, 1 for red, is the label, flipped with probability `p_e`. Images become (N, 3, 28, 28).
     """
     count = len(digits)
     labels = (digits >= 5) ^ (torch.rand(count, generator=generator) < p_f)
@@ -149,14 +145,13 @@ def draw_environments(
 ) -> bool:
     """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; say whether it did.
 
-    Each of train1, train2 and test is a part of MNIST in its order. Raises UserError if there are
-    too few digits, or no place to write to.
+    Raises UserError if there are too few digits, or no place to write to.
 
     Args:
         dataset_path: folder of the folder ColoredMNIST
         p_f: probability of flipping a label, 0 to 1
         p_e: probabilities that the colour is not the label, 0 to 1, of train1, train2 and test
-        sizes: digits of train1, train2 and test
+        sizes: digits of train1, train2 and test, in MNIST's order
         shuffle_digits: shuffle those of train1 and train2 together before they are divided
         seed: seed of all random draws
     """

@@ -1,10 +1,8 @@
 """Train one network and test it; and the command line of all that."""
 
 import argparse
-import functools
 import runpy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated
@@ -19,17 +17,6 @@ from metric import metrics
 from model import Loss, Network
 from preprocessing import Amount, Count, Positive, Proportion, flags, number, refuse, written_whole
 from register import NETWORKS, TRAINERS
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Matrix products of bfloat16 numbers (TF32 on a GPU), where the processor has them."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def train(
@@ -48,37 +35,38 @@ def train(
     shift: Annotated[int, number(int, 0, 13)] = 1,
     evaluation_steps: Count = 100,
 ) -> Network:
-    """Minimise the loss with Adam; returns the trained network, in evaluation mode.
+    """Train a network in place by Adam; returns it with averaged weights, in evaluation mode.
 
-    The network given is trained in place, the one returned has averaged weights; `validation` is
-    for the log alone. Raises UserError if the objective is no longer finite.
+    `validation` is for the log alone. Raises UserError if the objective is no longer finite.
 
     Args:
         iteration: minibatches per training
         batch_size: images per minibatch
         learning_rate: step size of Adam
         weight_decay: L2 coefficient of Adam
-        epsilon: what Adam adds to the root of a gradient's mean square (torch's own is 1e-8: then
-            more hidden units end up inactive on every image)
+        epsilon: of Adam (with torch's own, 1e-8, more hidden units end up inactive on every image)
         max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013), as Adam
             would long remember IRM's first ones; 0: none are
-        average_last: average the weights after this last part of the iterations, 0 to 1 (Izmailov
+        average_last: the last part of the iterations, 0 to 1, whose weights are averaged (Izmailov
             et al. 2018); 0: the last weights
         shift: minibatches are moved at random by up to so many pixels, 0 to 13
         evaluation_steps: iterations from log line to log line
     """
+    network.to(training.images.device)
     settings = {"eps": epsilon, "weight_decay": weight_decay, "fused": True}
     optimizer = Adam(network.parameters(), learning_rate, **settings)
     average = AveragedModel(network)  # running mean of the last weights, which is returned
+    precision = torch.get_float32_matmul_precision()
     first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
     steps = tqdm(range(1, iteration + 1), disable=None, leave=False)
     for step, batch in zip(steps, training.minibatches(batch_size, shift), strict=False):
         network.train()
-        with fast_products():
-            logits = network(batch.images)
-            objective = loss(logits, batch)
-            network.zero_grad()
-            objective.backward()
+        torch.set_float32_matmul_precision("medium")  # products of bfloat16 (on a GPU TF32)
+        logits = network(batch.images)
+        objective = loss(logits, batch)
+        network.zero_grad()
+        objective.backward()
+        torch.set_float32_matmul_precision(precision)
         if max_gradient_norm:
             nn.utils.clip_grad_norm_(network.parameters(), max_gradient_norm)
         optimizer.step()
@@ -146,7 +134,6 @@ def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -
     channels = training.images.shape[1]
     network = make_network(channels=channels, **arguments_of(make_network, args))
     loss = make_loss(**arguments_of(make_loss, args))
-    network.to(training.images.device)
     network = train(network, loss, training, validation, **arguments_of(train, args))
     return network, loss, training, validation
 
@@ -169,7 +156,10 @@ def parse_arguments(
     parser = argparse.ArgumentParser(description=description, add_help=False, **options)
     add = parser.add_argument
     add("--plugin", metavar="FILE", help="Python file to run first, see README.md")
-    run_plugin(parser.parse_known_args(arguments)[0].plugin)
+    plugin = parser.parse_known_args(arguments)[0].plugin
+    if plugin:
+        refuse(not Path(plugin).is_file(), f"--plugin: there is no file {plugin}")
+        runpy.run_path(plugin)
     add("--trainer", default="ERM", choices=TRAINERS, help="or a plugin's")
     add("--network", default="MLP", choices=NETWORKS, help="or a plugin's")
     chosen, _ = parser.parse_known_args(arguments)
@@ -197,11 +187,3 @@ def parse_arguments(
     parser.epilog = f"Defaults of their own: {'; '.join(own)}"
     parser.set_defaults(**trainer.defaults | network.defaults)
     return parser.parse_args(arguments)
-
-
-@functools.cache
-def run_plugin(path: str | None) -> None:
-    """Run a Python file that adds to TRAINERS or NETWORKS, once; UserError if there is none."""
-    if path:
-        refuse(not Path(path).is_file(), f"--plugin: there is no file {path}")
-        runpy.run_path(path)

@@ -290,6 +290,17 @@ def test_a_cnn_can_be_hardened(networks, splits):
     assert predict(crossbar, splits[1][torch.arange(20)]).isfinite().all()
 
 
+def test_hardening_has_no_weight_decay(networks, splits):
+    """Backdoor's training has: its weights grow small, and those of hardened networks may not."""
+    part = splits[0][torch.arange(500)]
+    weights = []
+    for decay in (0.0, 0.5):
+        torch.manual_seed(0)
+        hardened = harden(networks["plain"], part, iteration=2, weight_decay=decay)
+        weights.append(hardened.phi[0].weight)
+    assert torch.equal(*weights)
+
+
 def test_a_layer_of_a_single_weight_can_be_hardened(splits):
     hardened = harden(MLP(hidden_dim=(4, 1)), splits[0], iteration=1)
     assert all(parameter.isfinite().all() for parameter in hardened.parameters())

@@ -21,7 +21,7 @@ from dataset import MEAN, STD, Digits, concatenate, load_dataset
 from metric import metrics, summarize
 from model import CNN, ERM, IRM, MLP, Network
 from preprocessing import UserError, draw_environments
-from trainer import fast_products, load, parse_arguments, predict, train, train_repetition
+from trainer import load, parse_arguments, predict, train, train_repetition
 
 SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 2, "--evaluation_steps", 20)
 SUMMARY = re.compile(
@@ -172,8 +172,9 @@ def by_hand(network, loss, digits, iteration, batch_size, learning_rate, **setti
     optimizer = torch.optim.Adam(network.parameters(), learning_rate, eps=1e-4, **settings)
     for _, batch in zip(range(iteration), digits.minibatches(batch_size, shift=1), strict=False):
         optimizer.zero_grad()
-        with fast_products():
-            loss(network(batch.images), batch).backward()
+        torch.set_float32_matmul_precision("medium")
+        loss(network(batch.images), batch).backward()
+        torch.set_float32_matmul_precision("highest")
         if limit:
             torch.nn.utils.clip_grad_norm_(network.parameters(), limit)
         optimizer.step()
@@ -506,10 +507,18 @@ def test_a_fault_in_a_plugin_is_the_plugins(in_process, tmp_path):
         in_process("exp-mnist.py", *given)
 
 
-def test_what_networks_set_differently():
-    plain, args = (parse_arguments("", ["--network", name]) for name in ("MLP", "CNN"))
-    for name, value in CNN.defaults.items():
-        assert getattr(args, name) == value != getattr(plain, name)
+def test_what_trainers_and_networks_set_differently():
+    """A network's wish comes before a trainer's, the user's before both."""
+    names = ("weight_decay", "iteration", "batch_size")
+
+    def defaults(*arguments):
+        return tuple(vars(parse_arguments("", list(arguments)))[name] for name in names)
+
+    assert defaults() == defaults("--trainer", "IRM") == (0, 400, 1024)
+    assert defaults("--trainer", "Backdoor") == (1e-3, 800, 1024)
+    assert defaults("--trainer", "Backdoor", "--iteration", "9") == (1e-3, 9, 1024)
+    assert defaults("--network", "CNN") == (0, 800, 384)
+    assert defaults("--trainer", "Backdoor", "--network", "CNN") == (0, 800, 384)
     given = parse_arguments("", ["--trainer", "IRM", "--shift", "3", "--network", "CNN"])
     assert (given.shift, given.batch_size) == (3, CNN.defaults["batch_size"])
 
