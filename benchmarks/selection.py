@@ -273,10 +273,10 @@ class Search:
     def describe(self, setting: Setting) -> str:
         """In which knobs it differs from the default, and what else it is."""
         pairs = zip(self.space.knobs, setting, self.default, strict=True)
-        turned = [f"{knob} {value}" for knob, value, default in pairs if value != default]
+        words = [f"{knob} {value}" for knob, value, default in pairs if value != default]
         names = {"the default": self.default, "plain": self.space.plain, "chosen": self.chosen}
-        names = [name for name, other in names.items() if setting == other]
-        return ", ".join(turned) + f" **{', '.join(names)}**" * bool(names)
+        words += [f"**{name}**" for name, other in names.items() if setting == other]
+        return ", ".join(words)
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:

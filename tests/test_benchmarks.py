@@ -234,11 +234,11 @@ def test_selection_leaves_the_default_only_for_what_is_clearly_better(selection)
     assert math.isclose(mean, 0.01) and error < 1e-9
     assert search.ranking == [(1, 0), (1, 2), (0, 2)]
     assert search.chosen == (1, 2)  # by 0.02 +- 0.01, which may be chance
-    assert search.describe((1, 2)) == " **the default, chosen**"
+    assert search.describe((1, 2)) == "**the default**, **chosen**"
     search.results[1, 0][0] = (0.385, 0.2)  # by 0.0125 +- 0.0025
     search.results[1, 1] = [(0.395, 0.9), (0.595, 0.9)]  # also clearly, but by less
     assert search.chosen == (1, 0)
-    assert search.describe((1, 0)) == "b 0 **chosen**"
+    assert search.describe((1, 0)) == "b 0, **chosen**"
 
 
 def test_unbiased_penalty_is_the_mean_over_pairs_of_samples(selection):
