@@ -16,7 +16,7 @@ from torch import Tensor
 from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
 
 MEAN, STD = 0.1307, 0.3081  # of value / 255, red and green; blue is 0 throughout
-IMAGES = "its images are not RGB of 28 x 28, or not of the type they should have"
+RGB = "its images are not two or more RGB ones of 28 x 28, or not of the type they should have"
 CHUNK = 2000  # images made into floats at a time when all of them are passed through a network
 
 
@@ -31,10 +31,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Digits:
-    """Coloured digits as bytes, kept where they are used. `digits[index]` is a part of them.
-
-    Blue is left out: it is 0 in every image, so that its weights have no effect and no gradient.
-    """
+    """Digits as bytes on the device; blue, 0 in each, would give its weights no gradient."""
 
     images: Tensor  # (N, 2, 28, 28) uint8, red and green; (N, 1, 28, 28) without colour
     labels: Tensor  # (N,) float32
@@ -46,9 +43,6 @@ class Digits:
 
     def __getitem__(self, index: Tensor) -> "Digits":
         return Digits(*(t[index.to(t.device)] for t in vars(self).values()))
-
-    def to(self, device: str) -> "Digits":
-        return Digits(*(tensor.to(device) for tensor in vars(self).values()))
 
     def recolored(self) -> "Digits":
         """The same digits in the other colour: channels exchanged."""
@@ -65,8 +59,7 @@ class Digits:
     def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
         """Endless minibatches of `size`, or of all digits if they are fewer.
 
-        Each pass is in a new order; what is left of it is dropped. Each minibatch is moved by up to
-        `shift` pixels up or down, and to the left or right.
+        Each pass is in a new order, its rest dropped; a minibatch moves by up to `shift` pixels.
         """
         size, count = min(size, len(self)), len(self)
         passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())
@@ -114,21 +107,18 @@ class Dataset(NamedTuple):
 def load_dataset(
     dataset_path: str | Path, seed: int = 1234, grayscale: bool = False, device: str = "cpu"
 ) -> Dataset:
-    """The data in `dataset_path`/ColoredMNIST, drawn first with `seed` where there are none.
-
-    Raises UserError if files are damaged or of no known form.
-    """
+    """The data in `dataset_path`/ColoredMNIST, drawn if there are none; UserError if damaged."""
     folder = Path(dataset_path) / "ColoredMNIST"
     draw_environments(Path(dataset_path), seed=seed)
     anew = "delete the folder to draw it anew, or give another --dataset_path"
     present = {path.stem for path in folder.glob("*.pt")}
-    names = {name: env for env, name in enumerate(ENVIRONMENTS)}
-    framework = {"train", "val", "test"} <= present and not names.keys() <= present
-    names = {"train": None, "val": None, "test": 2} if framework else names
+    framework = {"train", "val", "test"} <= present and not {*ENVIRONMENTS} <= present
+    names = dict(train=None, val=None, test=2) if framework else dict(train1=0, train2=1, test=2)
     missing = ", ".join(f"{name}.pt" for name in names if name not in present)
     refuse(missing, f"{folder} lacks {missing}: put it there, or {anew}")
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
-    digits = [(part.grayscale() if grayscale else part).to(device) for part in digits]
+    digits = [part.grayscale() if grayscale else part for part in digits]
+    digits = [Digits(*(tensor.to(device) for tensor in vars(part).values())) for part in digits]
     refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
     training, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
     one_label = any(part.labels.min() == part.labels.max() for part in (training, test))
@@ -139,9 +129,8 @@ def load_dataset(
 def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
     """The digits in a .pt file of any known form, and what form that is.
 
-    The project's own is a dict, the course project's a list of (image, label, colour), the course
-    framework's [images, labels] or, where `env` is None, [images, labels, environments]. Raises
-    UserError, naming the file and the remedy, if it is damaged or holds anything else.
+    The project's is a dict, the course project's a list of (image, label, colour), the framework's
+    [images, labels], with environments if `env` is None. UserError names the file and the remedy.
     """
     try:
         checked = zipfile.is_zipfile(path)
@@ -163,7 +152,7 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         else:
             images, labels, colors = zip(*record, strict=True)
             _, modes, sizes, _, pixels = zip(*(image.state[:5] for image in images), strict=True)
-            refuse({*modes} != {"RGB"} or {*sizes} != {(28, 28)}, IMAGES)
+            refuse({*modes} != {"RGB"} or {*sizes} != {(28, 28)}, RGB)
             images = torch.frombuffer(bytearray(b"".join(pixels)), dtype=torch.uint8)
             images = images.view(-1, 28, 28, 3).movedim(3, 1)
             labels, colors = torch.tensor(labels), torch.tensor(colors)
@@ -179,18 +168,15 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
 
 def denormalized(images: Tensor) -> Tensor:
     """Normalised floats (N, 2352) → the grey levels that they were, (N, 3, 28, 28) uint8."""
-    levels = (images * STD + MEAN) * 255
-    levels[:, 1568:] = images[:, 1568:]  # blue's mean is 0
-    grey = levels.round().nan_to_num(-1)
-    exact = (levels - grey).abs().max() <= 0.05 and grey.min() >= 0 and grey.max() <= 255
-    refuse(not exact, "its images are not normalised as the assignment says")
+    levels = (images.unflatten(1, (3, 784)) * STD + torch.tensor([[MEAN], [MEAN], [0]])) * 255
+    grey = levels.round().clamp(0, 255)
+    refuse(not (levels - grey).abs().max() <= 0.05, "its images are not normalised as assigned")
     return grey.to(torch.uint8).view(-1, 3, 28, 28)
 
 
 def digits_of(last: int, images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor) -> Digits:
     """`Digits` of RGB images (N, 3, 28, 28); UserError for other shapes, types or values."""
-    refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28), IMAGES)
-    refuse(len(images) < 2, "it needs two images or more")
+    refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28) or len(images) < 2, RGB)
     for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
         fit = values.shape == images.shape[:1] and {*values.tolist()} <= {*range(high + 1)}
         refuse(not fit, f"its {name} are not whole numbers from 0 to {high}, one for each image")
@@ -202,20 +188,16 @@ def digits_of(last: int, images: Tensor, labels: Tensor, colors: Tensor, envs: T
 class StandIn:
     """Stands for PIL.Image.Image and numpy.dtype when a stranger's file is read: runs nothing."""
 
-    def __init__(self, *_):
-        pass
+    def __init__(self, *_): ...
 
     def __setstate__(self, state: tuple | list) -> None:
         self.state = state
 
 
-def pickled_number(_: StandIn, data: bytes) -> int:
-    """Stands for NumPy's constructor of scalars: its bytes as an integer, checked as others are."""
-    return int.from_bytes(data, "little")
-
-
+# NumPy's scalars are read as the integers that their bytes are, and checked as others are.
+SCALARS = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
 STAND_INS = [(StandIn, "PIL.Image.Image"), (StandIn, "numpy.dtype")]
-STAND_INS += [(pickled_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+STAND_INS += [(lambda _, data: int.from_bytes(data, "little"), name) for name in SCALARS]
 
 
 class ColoredMNIST(torch.utils.data.Dataset):
@@ -225,9 +207,7 @@ class ColoredMNIST(torch.utils.data.Dataset):
     are (PIL image, label, colour), the first two transformed, colour 1 for red and 0 for green.
     """
 
-    def __init__(
-        self, root: str | Path = "data", env: str = "train1", transform=None, target_transform=None
-    ):
+    def __init__(self, root="data", env: str = "train1", transform=None, target_transform=None):
         if env not in (*ENVIRONMENTS, "all_train"):
             raise ValueError(f"env {env!r} is none of train1, train2, test, all_train")
         digits = concatenate(part for part in load_dataset(root)[:3] if part is not None)

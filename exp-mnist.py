@@ -9,22 +9,18 @@ import torch
 
 from metric import metrics, summarize
 from preprocessing import run_command
-from register import NETWORKS, TRAINERS
-from trainer import arguments_of, load, parse_arguments, predict, save, train
+from trainer import arguments_of, build, load, parse_arguments, predict, save, train
 
 
 def main() -> None:
     args = parse_arguments("Train on ColoredMNIST by ERM, groupDRO, IRM or backdoor adjustment.")
     data = load(args)
-    make_network, make_loss = NETWORKS[args.network], TRAINERS[args.trainer]
     results, flip_rates = [], []
     for repetition in range(1, args.repetitions + 1):
         print(f"Repetition {repetition} of {args.repetitions}")
         torch.manual_seed(1000 * args.seed + repetition - 1)
         training, validation = data.hold_out(args.validation)
-        channels = training.images.shape[1]  # red and green, or one of grey levels
-        network = make_network(channels=channels, **arguments_of(make_network, args))
-        loss = make_loss(**arguments_of(make_loss, args))
+        network, loss = build(args)
         network = train(network, loss, training, validation, **arguments_of(train, args))
 
         logits, recolored = predict(network, data.test), predict(network, data.test.recolored())

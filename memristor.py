@@ -1,8 +1,7 @@
 """Train, move the network onto a MemTorch memristor crossbar, test it again.
 
-    python memristor.py --seed 1234 --trainer IRM --no_cuda
-
-Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.
+python memristor.py --seed 1234 --trainer IRM --no_cuda
+(Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.)
 """
 
 import copy
@@ -14,7 +13,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 import trainer
@@ -26,7 +24,6 @@ from preprocessing import Positive, Proportion, Seed, number, refuse, run_comman
 try:
     import memtorch
     from memtorch.bh.nonideality.DeviceFaults import apply_device_faults
-    from memtorch.mn.Module import patch_model
 except ImportError:
     memtorch = None
 
@@ -35,17 +32,13 @@ HARDENING = 3  # times as long as the training before it
 
 
 def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
-    """What `patch_model` calls for each cell of a crossbar: returns a VTEAM device.
-
-    Identical cells share one, as only its resistances are read. Where devices vary, they are drawn:
-    normal, with standard deviation `variability` times the mean, and at least a tenth of the mean.
-    """
+    """What `patch_model` calls for each cell of a crossbar: returns a VTEAM device."""
     prototype = memtorch.bh.memristor.VTEAM(r_off=r_off, r_on=r_on)
     draws = random.Random(seed)
 
     def make_device(cell: bool = False, reference: bool = False, **_):
         if reference or not cell or not variability:
-            return prototype
+            return prototype  # shared, as only its resistances are read
         device = copy.copy(prototype)
         device.r_on = r_on * max(0.1, draws.gauss(1, variability))
         device.r_off = max(r_off * max(0.1, draws.gauss(1, variability)), device.r_on)
@@ -57,8 +50,7 @@ def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
     """A linear ADC without overflow, in place, as MemTorch's `quantize` does it row by row.
 
-    The step is the power of two at which the largest magnitude of a row (..., columns of one tile)
-    just fits into `bits` bits, sign included.
+    Its step is the power of two at which the largest of a row (..., columns of a tile) just fits.
     """
     largest = currents.abs().amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(largest + 1e-12)
@@ -81,7 +73,7 @@ class CrossbarLayer(nn.Module):
         """Inputs as rows for the crossbar: (N, in), or (N · positions, in) of a convolution."""
         if isinstance(self.layer, nn.Linear):
             return inputs
-        return F.unfold(inputs, self.layer.kernel_size).transpose(1, 2).flatten(0, 1)
+        return nn.functional.unfold(inputs, self.layer.kernel_size).transpose(1, 2).flatten(0, 1)
 
     def currents(self, rows: Tensor) -> Tensor:
         """Rows (N, in) → (N, columns), as MemTorch's `tiled_inference` has one sample's."""
@@ -97,20 +89,15 @@ class CrossbarLayer(nn.Module):
         return total.flatten(1)[:, : self.columns]
 
     def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
-        """Fix the range of the inputs, and each output's gain and offset, by least squares.
-
-        By inputs (N, in) or (N, C, H, W) of crossbar and digital network. MemTorch divides each
-        batch by its own largest input (`naive_scale`), and tunes a layer as a whole (`tune`).
-        """
+        """Fix input range, gains and offsets (least squares) by inputs (N, in) or (N, C, H, W)."""
         rows = self.rows(inputs)
         wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
         self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()
         currents = self.currents(rows)
-        # Columns whose current varies by rounding alone, such as those of dead inputs, have gain 0.
         centered = currents - currents.mean(0)
         variance = centered.square().mean(0)
         covariance = (centered * wanted).mean(0)
-        varies = variance > 1e-12 * currents.square().mean(0)
+        varies = variance > 1e-12 * currents.square().mean(0)  # by more than rounding
         self.gain = torch.where(varies, covariance / variance, 0)
         self.offset = wanted.mean(0) - self.gain * currents.mean(0)
         self.offset += 0 if self.layer.bias is None else self.layer.bias
@@ -155,8 +142,7 @@ def to_crossbar(
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
         hrs_proportion: proportion of devices stuck at r_off, 0 to 1, but for those stuck at r_on
         conductance_states: equidistant conductances that a device can have; any, if not given
-        device_variability: standard deviation of r_on and r_off between devices, relative to their
-            mean, 0 to 1; within its own, each device is programmed exactly
+        device_variability: standard deviation of r_on and r_off between devices, relative, 0 to 1
         fault_seed: seed of stuck devices and variability
     """
     check(r_on, r_off)
@@ -167,26 +153,18 @@ def to_crossbar(
         refuse(not (fits and flat), "crossbars take a flat nn.Sequential, no stride and no padding")
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
-    # MemTorch reads 1T1R cells from the matrix alone: no need to write each into its device, too.
-    # To look at devices, call the crossbar's `update(from_devices=False)`.
+    cells = device_factory(r_on, r_off, device_variability, fault_seed)
+    options = {"tile_shape": tuple(tile_shape), "ADC_resolution": adc_resolution, "verbose": False}
+    options |= {"max_input_voltage": max_input_voltage, "quant_method": adc_resolution and "linear"}
+    # 1T1R cells are read from the matrix; `update(from_devices=False)` writes them into devices.
     with mock.patch.object(memtorch.bh.crossbar.Crossbar, "update"):
-        patch_model(
-            crossbar,
-            memristor_model=device_factory(r_on, r_off, device_variability, fault_seed),
-            memristor_model_params={"cell": True},
-            module_parameters_to_patch=[nn.Linear, nn.Conv2d],
-            tile_shape=tuple(tile_shape),
-            max_input_voltage=max_input_voltage,
-            ADC_resolution=adc_resolution,
-            quant_method="linear" if adc_resolution else None,
-            verbose=False,
-        )
+        memtorch.mn.patch_model(crossbar, cells, {"cell": True}, [nn.Linear, nn.Conv2d], **options)
     np.random.seed(fault_seed)  # of the generator that MemTorch draws stuck devices from
     inputs = digital_inputs = images.cpu()
     with torch.no_grad():
         for index, layer in enumerate(crossbar.phi):
             if hasattr(layer, "crossbars"):
-                if conductance_states:
+                if conductance_states:  # MemTorch's FiniteConductanceStates fails silently
                     for columns in layer.crossbars:
                         round_conductances(columns, conductance_states)
                 if lrs_proportion or hrs_proportion:
@@ -210,10 +188,7 @@ def check(r_on: float, r_off: float) -> None:
 
 
 def round_conductances(crossbar, states: int) -> None:
-    """Round each device to the nearest of `states` conductances between its 1/r_off and 1/r_on.
-
-    MemTorch's own `FiniteConductanceStates` fails at a range that is a tensor, and says nothing.
-    """
+    """Round each device to the nearest of `states` conductances between its 1/r_off and 1/r_on."""
     limits = np.vectorize(lambda device: (1 / device.r_off, 1 / device.r_on))(crossbar.devices)
     lowest, highest = map(torch.from_numpy, limits)
     width = (highest - lowest).clamp(min=1e-30)  # 0 where a device's r_off is its r_on
@@ -224,10 +199,9 @@ def round_conductances(crossbar, states: int) -> None:
 class StuckDevices(nn.Module):
     """A weight as the crossbar will have it: limited, and while training with random stuck devices.
 
-    A device stuck on adds or takes away the largest weight of its layer, so weights are limited to
-    `LIMIT` standard deviations; one stuck off leaves its part of the weight out. Each step draws
-    how many are stuck, up to `MOST_ON` and `MOST_OFF`. The gradient passes through unchanged
-    (straight-through), so all weights learn to do without any of the others.
+    A device stuck on adds or takes away its layer's largest weight, so weights are limited to
+    `LIMIT` standard deviations; one stuck off leaves its part out. Each step draws how many are, up
+    to `MOST_ON` and `MOST_OFF`. The gradient ignores both (straight-through): all weights learn on.
     """
 
     LIMIT, MOST_ON, MOST_OFF = 1.0, 0.2, 0.25
@@ -249,10 +223,7 @@ class StuckDevices(nn.Module):
 
 
 class Imitation(ERM):
-    """Cross entropy against the decisions of a trained network (after Hinton et al. 2015).
-
-    They hold no label noise to memorise, and invariance need not be found again under damage.
-    """
+    """Cross entropy against a network's decisions (after Hinton et al. 2015): no label noise."""
 
     def __init__(self, teacher: Network):
         self.teacher = teacher.eval()
@@ -266,8 +237,7 @@ class Imitation(ERM):
 def harden(network: Network, training: Digits, iteration: int, **options) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
-    It imitates the network on `training` in both colours, with the arguments of `trainer.train`
-    before, but `HARDENING` times as long, and without weight decay.
+    Trained as before on `training` in both colours, `HARDENING` times as long, no weight decay.
     """
     options |= {"iteration": HARDENING * iteration, "weight_decay": 0.0}
     print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
@@ -278,9 +248,8 @@ def harden(network: Network, training: Digits, iteration: int, **options) -> Net
             nn.utils.parametrize.register_parametrization(layer, "weight", StuckDevices())
     both_colors = concatenate([training, training.recolored()])
     hardened = trainer.train(hardened, Imitation(network), both_colors, None, **options)
-    for layer in hardened.phi:
-        if nn.utils.parametrize.is_parametrized(layer):
-            nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    for layer in filter(nn.utils.parametrize.is_parametrized, hardened.phi):
+        nn.utils.parametrize.remove_parametrizations(layer, "weight")
     update_bn(both_colors.chunks(), hardened)  # of sound devices
     return hardened.eval()
 
@@ -293,9 +262,13 @@ def main() -> None:
     digital, on_crossbar = [], []
     for repetition in range(1, args.repetitions + 1):
         print(f"Repetition {repetition} of {args.repetitions}")
-        network, _, training, _ = trainer.train_repetition(args, data, repetition)
+        torch.manual_seed(1000 * args.seed + repetition - 1)
+        training, validation = data.hold_out(args.validation)
+        network, loss = trainer.build(args)
+        options = trainer.arguments_of(trainer.train, args)
+        network = trainer.train(network, loss, training, validation, **options)
         if args.harden:
-            network = harden(network, training, **trainer.arguments_of(trainer.train, args))
+            network = harden(network, training, **options)
         digital.append(trainer.evaluate(network, data.test))
         trainer.save(network, args, repetition, "_hardened" if args.harden else "")
         print(f"Test result: {digital[-1]}")

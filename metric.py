@@ -1,6 +1,5 @@
 """Logits and labels → Accuracy, AUC and macro F1; their mean and deviation over repetitions."""
 
-import math
 from statistics import fmean, pstdev
 
 from sklearn.metrics import accuracy_score, f1_score, roc_auc_score
@@ -12,7 +11,7 @@ def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     truth, scores = labels.cpu().numpy(), logits.cpu().numpy()
     return {
         "Accuracy": float(accuracy_score(truth, scores > 0)),
-        "AUC": float(roc_auc_score(truth, scores)) if truth.min() < truth.max() else math.nan,
+        "AUC": float(roc_auc_score(truth, scores)) if truth.min() < truth.max() else float("nan"),
         "F1_macro": float(f1_score(truth, scores > 0, average="macro")),
     }
 

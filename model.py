@@ -4,7 +4,6 @@ Symbols: Φ(x) is the logit, w = 1 the frozen output layer behind it, e an envir
 (mean binary cross entropy), y the label, z the colour, σ the logistic function.
 """
 
-import math
 from typing import Annotated, Literal
 
 import torch
@@ -12,17 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import Batch
-from preprocessing import Amount, number
-
-DropRate = Annotated[float, number(float, 0, 0.99)]
+from preprocessing import Amount, DropRate, number
 
 
 class Network(nn.Module):
-    """Layers `phi`, (N, channels · 784) → logit Φ(x) (N, 1), then the frozen scalar w = 1.
-
-    Weights are Glorot's (Glorot & Bengio 2010), as in the code of Arjovsky et al. 2019, biases 0,
-    unless a subclass sets them. Two channels are red and green, one has no colour.
-    """
+    """Normalised images (N, channels · 784) → logits (N,): layers `phi`, then the frozen w = 1."""
 
     defaults = {}  # of the command line's arguments, in place of what the signatures say
 
@@ -33,23 +26,21 @@ class Network(nn.Module):
         self.output_layer = nn.Parameter(torch.ones(()), requires_grad=False)
         for layer in phi:
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(layer.weight)
+                nn.init.xavier_uniform_(layer.weight)  # Glorot's, as Arjovsky et al. 2019 have it
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, channels · 784) → logits (N,)."""
         return self.output_layer * self.phi(images).squeeze(-1)
 
 
 class MLP(Network):
     """The assignment's network: fully connected layers with ReLU, one logit.
 
-    As blue is left out (see `dataset.Digits`), the first layer's weights start from Glorot's bound
-    for 1568 inputs, which is 22 % wider than the assignment's for 2352. Red and green start with
-    the same weights, so that an untrained network decides alike in both colours: prior knowledge,
-    which the assignment's network lacks. The logit's start equal in size, every second one
-    negative. Were both drawn, few hidden units might speak for a label in a colour.
+    Without blue (see `dataset.Digits`), weights start from Glorot's bound for 1568 inputs, 22 %
+    wider than the assignment's for 2352. Those of red and green start the same, so that untrained
+    it decides alike in both: prior knowledge, which the assignment's lacks. The logit's start equal
+    in size, half negative. Were both drawn, few hidden units might speak for a label in a colour.
 
     Args:
         hidden_dim: units of each hidden layer (MLP)
@@ -72,16 +63,12 @@ class MLP(Network):
         super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
         from_colors, to_logit = (self.phi[index].weight.detach() for index in (0, -1))
         from_colors.copy_(from_colors[:, :784].repeat(1, channels))
-        to_logit.fill_(math.sqrt(2 / (inputs + 1)))  # the standard deviation of Glorot's draw
+        to_logit.fill_((2 / (inputs + 1)) ** 0.5)  # the standard deviation of Glorot's draw
         to_logit[:, 1::2] *= -1
 
 
 class Loss:
-    """What a trainer minimises: `objective = loss(logits, batch)`, logits (N,), objective a scalar.
-
-    An instance serves one training: it may keep state between steps. An environment that a
-    minibatch lacks has risk and penalty 0 in it.
-    """
+    """What one training minimises: `loss(logits, batch)`, logits (N,), a scalar; may keep state."""
 
     defaults = {}  # of the command line's arguments, in place of what the signatures say
     environments = 2
@@ -91,7 +78,7 @@ class Loss:
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
 
     def means(self, values: Tensor, batch: Batch) -> Tensor:
-        """Mean of `values` (N,) over the samples of each environment, (E,)."""
+        """Mean of `values` (N,) over each environment's samples, (E,); 0 where a batch has none."""
         members = F.one_hot(batch.envs, self.environments).to(values.dtype)
         return values @ members / members.sum(0).clamp(min=1)
 
@@ -130,7 +117,7 @@ class IRM(Loss):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019; assignment, equation 4).
 
     Mean over e of R_e + λ · mean over e of G_e², where G_e = ∂R_e(w · Φ)/∂w at w = 1 is the
-    environment's mean of (σ(Φ) - y) Φ.
+    environment's mean of (σ(Φ) - y) Φ, as torch.autograd.grad by `output_layer` has it as well.
 
     Args:
         reg_lambda: weight λ of IRM's penalty
@@ -140,7 +127,6 @@ class IRM(Loss):
         self.reg_lambda = reg_lambda
 
     def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        # torch.autograd.grad of each R_e by the network's output_layer gives the same.
         slopes = self.means((torch.sigmoid(logits) - batch.labels) * logits, batch)
         return self.risks(logits, batch).mean() + self.reg_lambda * slopes.square().mean()
 
@@ -158,8 +144,7 @@ class Backdoor(Loss):
             bootstrapping, Little & Badawy 2019); σ(Φ) is then the posterior for balanced labels
     """
 
-    # Twice as long, as a weight from one colour sees half of the digits.
-    defaults = {"iteration": 800, "weight_decay": 1e-3}
+    defaults = {"iteration": 800, "weight_decay": 1e-3}  # longer: a colour has half of the digits
 
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         self.adjustment = adjustment
@@ -197,10 +182,9 @@ class CNN(Network):
     defaults = {"batch_size": 384, "iteration": 800, "weight_decay": 0.0}
 
     def __init__(self, channels: int = 2, drop_rate: DropRate = 0.0):
-        layers = [nn.Unflatten(1, (channels, 28, 28))]
-        for maps, filters in ((channels, 32), (32, 64)):
-            # Pooling before ReLU gives the same numbers, and ReLU a quarter of the work.
-            layers += [nn.Conv2d(maps, filters, 5), nn.MaxPool2d(2), nn.ReLU()]
-        layers += [nn.Flatten(), nn.Linear(64 * 4 * 4, 64), nn.ReLU()]
-        super().__init__(nn.Sequential(*layers, nn.Dropout(drop_rate), nn.Linear(64, 1)))
+        # Pooling before ReLU gives the same numbers, and ReLU a quarter of the work.
+        layers = [nn.Unflatten(1, (channels, 28, 28)), nn.Conv2d(channels, 32, 5), nn.MaxPool2d(2)]
+        layers += [nn.ReLU(), nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()]
+        layers += [nn.Linear(64 * 4 * 4, 64), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(64, 1)]
+        super().__init__(nn.Sequential(*layers))
         self.to(memory_format=torch.channels_last)  # twice as fast on a CPU

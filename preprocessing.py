@@ -21,8 +21,7 @@ from filelock import FileLock
 from torch import Tensor
 
 ENVIRONMENTS = ("train1", "train2", "test")
-P_F = 0.2
-P_E = (0.1, 0.4, 0.9)
+P_F, P_E = 0.2, (0.1, 0.4, 0.9)
 MNIST = Path(__file__).parent / "data" / "mnist.npz"
 
 
@@ -52,12 +51,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def flags(function: Callable) -> Iterator[tuple[str, dict]]:
-    """Name and options of a flag for each argument with a default of a function or a class.
-
-    Its type, or what parses and checks it, is in the annotation, its help in the docstring.
-    """
-    text = inspect.getdoc(function) or ""
-    helps = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", text, re.M))
+    """Yield (name, options) of a flag for each default; types are in hints, helps in docstrings."""
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(function) or "", re.M)
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         default, hint = parameter.default, parameter.annotation
         if default is parameter.empty or name == "channels":  # what --grayscale decides
@@ -71,28 +66,25 @@ def flags(function: Callable) -> Iterator[tuple[str, dict]]:
             options["type"] = hint.__metadata__[0]
             if isinstance(default, tuple):
                 options["nargs"] = "+" if ... in get_args(hint.__origin__) else len(default)
-        described = " ".join(helps.get(name, f"of {function.__name__}").split())
+        described = " ".join(dict(found).get(name, f"of {function.__name__}").split())
         yield name, options | {"default": default, "help": described.replace("%", "%%")}
 
 
-# Values of arguments, as the command line checks them.
 Count = Annotated[int, number(int, 1)]
 Amount = Annotated[float, number(float, 0)]
 Positive = Annotated[float, number(float, 0, above=True)]
 Proportion = Annotated[float, number(float, 0, 1)]
+DropRate = Annotated[float, number(float, 0, 0.99)]
 Seed = Annotated[int, number(int, 0, 2**32 - 1)]
 
 
 @contextmanager
 def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
-    """Yield a path beside `path` to write a file or folder at; a clean exit renames it to `path`.
-
-    `lock` lets runs in one by one that may write at once. Raises UserError if writing fails.
-    """
+    """Yield where to write a file or folder; a clean exit renames it. UserError if that fails."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock or nullcontext(), ExitStack() as leftovers:
+        with lock or nullcontext(), ExitStack() as leftovers:  # one by one, if there is a lock
             remove(partial)  # of a run that was killed
             leftovers.callback(remove, partial)
             yield partial
@@ -113,9 +105,8 @@ def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
     try:
         with np.load(MNIST) as archive:
             return tuple(torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
-    except Exception as error:  # whatever damaged bytes may provoke
-        reason = f"{MNIST} is missing or damaged ({error})".split("\n")[0]
-        raise UserError(f"{reason}: get it again with the project") from None
+    except Exception:  # whatever damaged bytes may provoke
+        raise UserError(f"{MNIST} is missing or damaged: get it again with the project") from None
 
 
 def color_digits(
@@ -124,13 +115,12 @@ def color_digits(
     """One environment: MNIST's images (N, 28, 28) and digits (N,), coloured (assignment, data set).
 
     A label is that of its digit (0 for 0-4, 1 for 5-9), flipped with probability `p_f`; a colour
-    id, 1 for red, is the label, flipped with probability `p_e`. Images become (N, 3, 28, 28).
+    id, 1 for red, is the label, flipped with probability `p_e`. All are uint8, images RGB.
     """
-    count = len(digits)
-    labels = (digits >= 5) ^ (torch.rand(count, generator=generator) < p_f)
-    colors = labels ^ (torch.rand(count, generator=generator) < p_e)
-    rgb = torch.zeros(count, 3, 28, 28, dtype=torch.uint8)
-    rgb[torch.arange(count), (~colors).long()] = images
+    labels = (digits >= 5) ^ (torch.rand(len(digits), generator=generator) < p_f)
+    colors = labels ^ (torch.rand(len(digits), generator=generator) < p_e)
+    rgb = torch.zeros(len(digits), 3, 28, 28, dtype=torch.uint8)
+    rgb[torch.arange(len(digits)), (~colors).long()] = images
     return {"images": rgb, "labels": labels.to(torch.uint8), "colors": colors.to(torch.uint8)}
 
 
@@ -143,9 +133,7 @@ def draw_environments(
     shuffle_digits: bool = False,
     seed: Seed = 1234,
 ) -> bool:
-    """Draw `dataset_path`/ColoredMNIST, unless that folder has files already; say whether it did.
-
-    Raises UserError if there are too few digits, or no place to write to.
+    """Draw `dataset_path`/ColoredMNIST unless it has files: True if drawn, UserError if that fails.
 
     Args:
         dataset_path: folder of the folder ColoredMNIST

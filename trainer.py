@@ -1,6 +1,7 @@
 """Train one network and test it; and the command line of all that."""
 
 import argparse
+import functools
 import runpy
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from metric import metrics
 from model import Loss, Network
 from preprocessing import Amount, Count, Positive, Proportion, flags, number, refuse, written_whole
 from register import NETWORKS, TRAINERS
+
+run_plugin = functools.cache(runpy.run_path)  # each once
 
 
 def train(
@@ -35,7 +38,7 @@ def train(
     shift: Annotated[int, number(int, 0, 13)] = 1,
     evaluation_steps: Count = 100,
 ) -> Network:
-    """Train a network in place by Adam; returns it with averaged weights, in evaluation mode.
+    """Train a network in place by Adam; returns a copy with averaged weights, in evaluation mode.
 
     `validation` is for the log alone. Raises UserError if the objective is no longer finite.
 
@@ -45,10 +48,8 @@ def train(
         learning_rate: step size of Adam
         weight_decay: L2 coefficient of Adam
         epsilon: of Adam (with torch's own, 1e-8, more hidden units end up inactive on every image)
-        max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013), as Adam
-            would long remember IRM's first ones; 0: none are
-        average_last: the last part of the iterations, 0 to 1, whose weights are averaged (Izmailov
-            et al. 2018); 0: the last weights
+        max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013); 0: none are
+        average_last: last part of the steps whose weights are averaged (Izmailov et al. 2018)
         shift: minibatches are moved at random by up to so many pixels, 0 to 13
         evaluation_steps: iterations from log line to log line
     """
@@ -61,13 +62,15 @@ def train(
     steps = tqdm(range(1, iteration + 1), disable=None, leave=False)
     for step, batch in zip(steps, training.minibatches(batch_size, shift), strict=False):
         network.train()
-        torch.set_float32_matmul_precision("medium")  # products of bfloat16 (on a GPU TF32)
-        logits = network(batch.images)
-        objective = loss(logits, batch)
-        network.zero_grad()
-        objective.backward()
-        torch.set_float32_matmul_precision(precision)
-        if max_gradient_norm:
+        try:
+            torch.set_float32_matmul_precision("medium")  # products of bfloat16 (on a GPU TF32)
+            logits = network(batch.images)
+            objective = loss(logits, batch)
+            network.zero_grad()
+            objective.backward()
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        if max_gradient_norm:  # Adam would long remember IRM's first gradients
             nn.utils.clip_grad_norm_(network.parameters(), max_gradient_norm)
         optimizer.step()
         if step >= first_averaged:
@@ -75,11 +78,9 @@ def train(
         refuse(not objective.isfinite(), f"diverged at iteration {step}: lower --learning_rate")
         if step % evaluation_steps == 0:
             risks = "train1 {:.4f}, train2 {:.4f}".format(*loss.risks(logits.detach(), batch))
-            line = f"Iteration {step}: objective {objective:.4f}; loss of {risks}"
-            line += f"; validation {evaluate(network, validation)}" if validation else ""
-            print(line, flush=True)
-    if average_last:
-        update_bn(training.chunks(), average.module)
+            more = f"; validation {evaluate(network, validation)}" if validation else ""
+            print(f"Iteration {step}: objective {objective:.4f}; loss of {risks}{more}", flush=True)
+    update_bn(training.chunks(), average.module)
     return average.module.eval()
 
 
@@ -126,16 +127,11 @@ def load(args: argparse.Namespace) -> Dataset:
     return data
 
 
-def train_repetition(args: argparse.Namespace, data: Dataset, repetition: int) -> tuple:
-    """As in exp-mnist.py: the trained network, its loss, digits of training and validation."""
-    torch.manual_seed(1000 * args.seed + repetition - 1)
-    training, validation = data.hold_out(args.validation)
+def build(args: argparse.Namespace) -> tuple[Network, Loss]:
+    """The network, of weights drawn anew, and the loss that the command line asks for."""
     make_network, make_loss = NETWORKS[args.network], TRAINERS[args.trainer]
-    channels = training.images.shape[1]
-    network = make_network(channels=channels, **arguments_of(make_network, args))
-    loss = make_loss(**arguments_of(make_loss, args))
-    network = train(network, loss, training, validation, **arguments_of(train, args))
-    return network, loss, training, validation
+    network = make_network(channels=1 if args.grayscale else 2, **arguments_of(make_network, args))
+    return network, make_loss(**arguments_of(make_loss, args))
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
@@ -146,26 +142,24 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
 def parse_arguments(
     description: str, arguments: list[str] | None = None, of: Sequence[Callable] = (), **switches
 ) -> argparse.Namespace:
-    """Parse a command line that trains.
+    """Parse a command line that trains; `switches` are flags without a value, and their help.
 
-    Flags are made from the signatures of `train`, of the losses and the networks (also a plugin's),
-    and of the functions `of`; `switches` are flags without a value, and their help.
+    Others are the signatures of `train`, losses and networks (a plugin's, too) and functions `of`.
     """
     options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
-    # No help until all flags are known.
     parser = argparse.ArgumentParser(description=description, add_help=False, **options)
     add = parser.add_argument
     add("--plugin", metavar="FILE", help="Python file to run first, see README.md")
     plugin = parser.parse_known_args(arguments)[0].plugin
     if plugin:
         refuse(not Path(plugin).is_file(), f"--plugin: there is no file {plugin}")
-        runpy.run_path(plugin)
+        run_plugin(plugin)
     add("--trainer", default="ERM", choices=TRAINERS, help="or a plugin's")
     add("--network", default="MLP", choices=NETWORKS, help="or a plugin's")
     chosen, _ = parser.parse_known_args(arguments)
     trainer, network = TRAINERS[chosen.trainer], NETWORKS[chosen.network]
     classes = TRAINERS | NETWORKS
-    add("-h", "--help", action="help", help="show this and exit")
+    add("-h", "--help", action="help", help="show this and exit")  # now that they are known
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     add("--repetitions", type=number(int, 1), default=3, help="trainings, each with its own draws")
     add("--dataset_path", default="./data", help="folder of the folder ColoredMNIST")

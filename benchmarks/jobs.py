@@ -40,7 +40,7 @@ from preprocessing import (  # noqa: E402
     refuse,
     written_whole,
 )
-from trainer import parse_arguments, train_repetition  # noqa: E402
+from trainer import arguments_of, build, parse_arguments, train  # noqa: E402
 
 UNSEEN_SEED = 10000  # the first that is no student number
 LOCK = threading.Lock()  # torch's random numbers are the process's, and Dask's workers have threads
@@ -194,7 +194,11 @@ def experiment(
     args = parse_arguments("", ["--evaluation_steps", "1000000", *arguments])
     data = fresh_data(args, drawing)
     for repetition in [only] if only else range(1, args.repetitions + 1):
-        yield data, *train_repetition(args, data, repetition)
+        torch.manual_seed(1000 * args.seed + repetition - 1)
+        training, validation = data.hold_out(args.validation)
+        network, loss = build(args)
+        network = train(network, loss, training, validation, **arguments_of(train, args))
+        yield data, network, loss, training, validation
 
 
 def fresh_data(args: argparse.Namespace, drawing: dict | None = None) -> Dataset:

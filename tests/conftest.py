@@ -76,6 +76,7 @@ def in_process():
 def registry():
     """What a plugin registers in a test is gone after it."""
     import register
+    import trainer
 
     tables = (register.TRAINERS, register.NETWORKS)
     before = [dict(table) for table in tables]
@@ -83,6 +84,7 @@ def registry():
     for table, known in zip(tables, before, strict=True):
         table.clear()
         table.update(known)
+    trainer.run_plugin.cache_clear()
 
 
 @pytest.fixture(scope="session")

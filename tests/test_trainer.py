@@ -21,7 +21,7 @@ from dataset import MEAN, STD, Digits, concatenate, load_dataset
 from metric import metrics, summarize
 from model import CNN, ERM, IRM, MLP, Network
 from preprocessing import UserError, draw_environments
-from trainer import load, parse_arguments, predict, train, train_repetition
+from trainer import arguments_of, build, load, parse_arguments, predict, train
 
 SHORT = ("--no_cuda", "--iteration", 40, "--repetitions", 2, "--evaluation_steps", 20)
 SUMMARY = re.compile(
@@ -212,7 +212,7 @@ class Precise(ERM):
 
 @pytest.mark.parametrize("before", ["highest", "high"])
 def test_only_training_multiplies_fast(data, before):
-    """Whatever a caller had set is there again, also after a training that diverged."""
+    """Whatever a caller had set is there again, also after a training that failed."""
     digits, loss = data.training[torch.arange(200)], Precise()
     torch.set_float32_matmul_precision(before)
     try:
@@ -220,6 +220,8 @@ def test_only_training_multiplies_fast(data, before):
         assert loss.noted == {"medium"} and torch.get_float32_matmul_precision() == before
         with pytest.raises(UserError, match="diverged"):
             train(MLP(), Precise(float("nan")), digits, None, iteration=2)
+        with pytest.raises(ZeroDivisionError):
+            train(MLP(), lambda *_: 1 / 0, digits, None, iteration=2)
         assert torch.get_float32_matmul_precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -359,7 +361,9 @@ def test_accuracy_with_default_hyperparameters(in_process, dataset_path, argumen
 def test_decisions_by_the_formula_are_those_of_the_logit(data):
     """Backdoor's P(y = 1 | do(x)) > ½ and Φ(x) > 0, of the 20,000 test images."""
     args = parse_arguments("", ["--trainer", "Backdoor", "--iteration", "100"])
-    network, loss, _, _ = train_repetition(args, data, 1)
+    torch.manual_seed(0)
+    network, loss = build(args)
+    network = train(network, loss, data.training, None, **arguments_of(train, args))
     logits = predict(network, data.test)
     probability = loss.probability(logits)
     assert probability.shape == logits.shape and 0 < probability.min() < probability.max() < 1
