@@ -511,6 +511,15 @@ def test_a_fault_in_a_plugin_is_the_plugins(in_process, tmp_path):
         in_process("exp-mnist.py", *given)
 
 
+def test_a_plugin_runs_once_in_a_process(tmp_path):
+    """What it wraps is not wrapped again by a sweep that parses arguments for every job."""
+    runs = tmp_path / "runs"
+    given = plugin(tmp_path, f"open({str(runs)!r}, 'a').write('x')")
+    for _ in range(2):
+        parse_arguments("", [str(word) for word in given])
+    assert runs.read_text() == "x"
+
+
 def test_what_trainers_and_networks_set_differently():
     """A network's wish comes before a trainer's, the user's before both."""
     names = ("weight_decay", "iteration", "batch_size")
