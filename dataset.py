@@ -53,13 +53,13 @@ class Digits:
         return Digits(self.images.amax(1, keepdim=True), self.labels, self.colors, self.envs)
 
     def chunks(self) -> Iterator[Batch]:
-        """All digits in order, up to `CHUNK` at a time and nearly as many each, as batches."""
+        """All digits in order, as batches of nearly the same size, `CHUNK` at most."""
         return self.batches(torch.arange(len(self)).chunk(-(-len(self) // CHUNK)))
 
     def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
         """Endless minibatches of `size`, or of all digits if they are fewer.
 
-        Each pass is in a new order, its rest dropped; a minibatch moves by up to `shift` pixels.
+        Each pass is in a new order, less an incomplete last one, moved by up to `shift` pixels.
         """
         size, count = min(size, len(self)), len(self)
         passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())
@@ -90,7 +90,7 @@ class Dataset(NamedTuple):
     """What a folder of files holds."""
 
     training: Digits  # train1 and train2
-    validation: Digits | None  # None where the user holds digits out of `training`
+    validation: Digits | None  # None where `hold_out` takes digits from `training`
     test: Digits
     description: str
 
@@ -110,12 +110,12 @@ def load_dataset(
     """The data in `dataset_path`/ColoredMNIST, drawn if there are none; UserError if damaged."""
     folder = Path(dataset_path) / "ColoredMNIST"
     draw_environments(Path(dataset_path), seed=seed)
-    anew = "delete the folder to draw it anew, or give another --dataset_path"
+    anew = "delete the folder to draw the assignment's, or give another --dataset_path"
     present = {path.stem for path in folder.glob("*.pt")}
     framework = {"train", "val", "test"} <= present and not {*ENVIRONMENTS} <= present
     names = dict(train=None, val=None, test=2) if framework else dict(train1=0, train2=1, test=2)
     missing = ", ".join(f"{name}.pt" for name in names if name not in present)
-    refuse(missing, f"{folder} lacks {missing}: put it there, or {anew}")
+    refuse(missing, f"{folder} lacks {missing}: add that, or {anew}")
     digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
     digits = [part.grayscale() if grayscale else part for part in digits]
     digits = [Digits(*(tensor.to(device) for tensor in vars(part).values())) for part in digits]
@@ -162,7 +162,7 @@ def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
         return digits_of(1 if env is None else 2, images, labels, colors, envs), form
     except Exception as error:  # whatever a stranger's bytes may provoke
         reason = error if isinstance(error, (UserError, OSError)) else "damaged or of unknown form"
-        remedy = f"replace it, or delete {path.parent} to draw it anew"
+        remedy = f"replace it, or delete {path.parent} to draw the assignment's data"
         raise UserError(f"{path} cannot be used ({reason}): {remedy}") from None
 
 
@@ -175,7 +175,7 @@ def denormalized(images: Tensor) -> Tensor:
 
 
 def digits_of(last: int, images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor) -> Digits:
-    """`Digits` of RGB images (N, 3, 28, 28); UserError for other shapes, types or values."""
+    """`Digits` of RGB images, environments from 0 to `last`; UserError for anything else."""
     refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28) or len(images) < 2, RGB)
     for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
         fit = values.shape == images.shape[:1] and {*values.tolist()} <= {*range(high + 1)}

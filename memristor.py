@@ -138,14 +138,14 @@ def to_crossbar(
         adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
-        max_input_voltage: volts at which inputs are cut off, 1.25 times the largest in calibration
+        max_input_voltage: volts of 1.25 times the largest input in calibration; more is cut off
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
-        hrs_proportion: proportion of devices stuck at r_off, 0 to 1, but for those stuck at r_on
+        hrs_proportion: proportion of devices stuck at r_off, 0 to 1; drawn for both, it is r_on
         conductance_states: equidistant conductances that a device can have; any, if not given
         device_variability: standard deviation of r_on and r_off between devices, relative, 0 to 1
         fault_seed: seed of stuck devices and variability
     """
-    check(r_on, r_off)
+    check_devices(r_on, r_off)
     simple = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     for layer in network.phi:
         fits = not isinstance(layer, nn.Conv2d) or simple.items() <= vars(layer).items()
@@ -181,7 +181,7 @@ def calibration_images(training: Digits) -> Tensor:
     return next(concatenate([some, some.recolored()]).chunks()).images
 
 
-def check(r_on: float, r_off: float) -> None:
+def check_devices(r_on: float, r_off: float) -> None:
     """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
     refuse(memtorch is None, "MemTorch is not installed: run ./run.sh, or see README.md")
     refuse(r_on >= r_off, f"--r_on {r_on} is not below --r_off {r_off}")
@@ -200,11 +200,11 @@ class StuckDevices(nn.Module):
     """A weight as the crossbar will have it: limited, and while training with random stuck devices.
 
     A device stuck on adds or takes away its layer's largest weight, so weights are limited to
-    `LIMIT` standard deviations; one stuck off leaves its part out. Each step draws how many are, up
+    `LIMIT` standard deviations; one stuck off adds nothing. Each step draws how many are stuck, up
     to `MOST_ON` and `MOST_OFF`. The gradient ignores both (straight-through): all weights learn on.
     """
 
-    LIMIT, MOST_ON, MOST_OFF = 1.0, 0.2, 0.25
+    LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.25
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
@@ -256,8 +256,8 @@ def harden(network: Network, training: Digits, iteration: int, **options) -> Net
 
 def main() -> None:
     more = {"harden": f"train on for broken devices, {HARDENING} times as long"}
-    args = trainer.parse_arguments(__doc__.split("\n")[0], of=[to_crossbar], **more)
-    check(args.r_on, args.r_off)
+    args = trainer.parse_arguments(__doc__.split("\n")[0], functions=[to_crossbar], **more)
+    check_devices(args.r_on, args.r_off)
     data = trainer.load(args)
     digital, on_crossbar = [], []
     for repetition in range(1, args.repetitions + 1):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Scores, 0 to 1, of "1 where the logit (N,) is above 0"; of one label only, AUC is nan."""
+    """Scores, 0 to 1, of predicting 1 where a logit (N,) is above 0; AUC of one label is nan."""
     truth, scores = labels.cpu().numpy(), logits.cpu().numpy()
     return {
         "Accuracy": float(accuracy_score(truth, scores > 0)),

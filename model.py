@@ -40,7 +40,7 @@ class MLP(Network):
     Without blue (see `dataset.Digits`), weights start from Glorot's bound for 1568 inputs, 22 %
     wider than the assignment's for 2352. Those of red and green start the same, so that untrained
     it decides alike in both: prior knowledge, which the assignment's lacks. The logit's start equal
-    in size, half negative. Were both drawn, few hidden units might speak for a label in a colour.
+    in size, half negative. If both were drawn, few units might answer to a label in one colour.
 
     Args:
         hidden_dim: units of each hidden layer (MLP)
@@ -117,7 +117,7 @@ class IRM(Loss):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019; assignment, equation 4).
 
     Mean over e of R_e + λ · mean over e of G_e², where G_e = ∂R_e(w · Φ)/∂w at w = 1 is the
-    environment's mean of (σ(Φ) - y) Φ, as torch.autograd.grad by `output_layer` has it as well.
+    environment's mean of (σ(Φ) - y) Φ, the same as torch.autograd.grad by `output_layer`.
 
     Args:
         reg_lambda: weight λ of IRM's penalty
@@ -144,7 +144,7 @@ class Backdoor(Loss):
             bootstrapping, Little & Badawy 2019); σ(Φ) is then the posterior for balanced labels
     """
 
-    defaults = {"iteration": 800, "weight_decay": 1e-3}  # longer: a colour has half of the digits
+    defaults = {"iteration": 800, "weight_decay": 1e-3}  # longer: a weight sees one colour
 
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         self.adjustment = adjustment
@@ -169,7 +169,7 @@ class Backdoor(Loss):
         if self.adjustment == "offset":
             return self.losses(logits + self.offsets[strata], batch).mean()
         p_y = self.counts / self.counts.sum(1, keepdim=True)
-        return (self.losses(logits, batch) / p_y[strata, labels]).mean() / 2
+        return (self.losses(logits, batch) / p_y[strata, labels]).mean() / 2  # their mean is 2
 
 
 class CNN(Network):

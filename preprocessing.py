@@ -1,4 +1,4 @@
-"""MNIST → the three environments of ColoredMNIST, as files.
+"""MNIST → the three environments of ColoredMNIST, as files; and what all commands share.
 
 python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1234
 """
@@ -51,7 +51,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 
 def flags(function: Callable) -> Iterator[tuple[str, dict]]:
-    """Yield (name, options) of a flag for each default; types are in hints, helps in docstrings."""
+    """Yield (name, options) of a flag for each default; types are hints, help is in docstrings."""
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(function) or "", re.M)
     for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
         default, hint = parameter.default, parameter.annotation
@@ -84,7 +84,7 @@ def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with lock or nullcontext(), ExitStack() as leftovers:  # one by one, if there is a lock
+        with lock or nullcontext(), ExitStack() as leftovers:  # one at a time, if locked
             remove(partial)  # of a run that was killed
             leftovers.callback(remove, partial)
             yield partial
@@ -144,6 +144,7 @@ def draw_environments(
         seed: seed of all random draws
     """
     folder = dataset_path / "ColoredMNIST"
+    refuse(dataset_path.name == folder.name, f"for --dataset_path give {folder.parents[1]}")
     if any(folder.glob("*")):
         return False
     generator = torch.Generator().manual_seed(seed)
@@ -190,8 +191,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", **options)
     args = parser.parse_args()
     folder = args.dataset_path / "ColoredMNIST"
-    drawn = draw_environments(**vars(args))
-    refuse(not drawn, f"{folder} is there: delete it to draw it anew, or name another folder")
+    refuse(not draw_environments(**vars(args)), f"{folder} is there: delete it, or name another")
     print(f"Drawn: {folder}")
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # ./run.sh [--no_cuda ...]   run every experiment, write its log, print the table of results
 # ./run.sh test [...]        run the test suite
-# Both first set up .venv where that has not been done. Arguments go to exp-mnist.py and
+# Both first set up .venv where that has not been done. Arguments go to both exp-mnist.py and
 # memristor.py, or to pytest.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -73,6 +73,7 @@ fi
 
 case " $* " in
     *" --seed "* | *" --seed="*) say "in place of --seed write SEED=2024 ./run.sh"; exit 2 ;;
+    *" --trainer "* | *" --trainer="*) say "--trainer is for exp-mnist.py: this runs all"; exit 2 ;;
 esac
 trainers="ERM groupDRO IRM Backdoor"
 for trainer in $trainers; do

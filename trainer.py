@@ -19,7 +19,7 @@ from model import Loss, Network
 from preprocessing import Amount, Count, Positive, Proportion, flags, number, refuse, written_whole
 from register import NETWORKS, TRAINERS
 
-run_plugin = functools.cache(runpy.run_path)  # each once
+run_plugin = functools.cache(runpy.run_path)  # each file once
 
 
 def train(
@@ -107,7 +107,7 @@ def evaluate(network: nn.Module, digits: Digits) -> dict[str, float]:
 
 
 def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: str = "") -> None:
-    """Write the weights, and the arguments that they came of, to `--save_model`, if given."""
+    """Write the weights, and the arguments that they came from, to `--save_model`, if given."""
     name = f"{args.trainer}_{args.network}{kind}_seed{args.seed}_repetition{repetition}.pt"
     if args.save_model:
         with written_whole(Path(args.save_model) / name) as partial:
@@ -115,7 +115,7 @@ def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: st
 
 
 def load(args: argparse.Namespace) -> Dataset:
-    """The data on the GPU, if there is one and it may be used; begins the log."""
+    """Begin the log; the data, on the GPU if there is one and it may be used."""
     if args.save_model:  # what can't be written there is said now, not after the training
         with written_whole(Path(args.save_model) / "network") as partial:
             TemporaryFile(dir=partial.parent).close()
@@ -140,11 +140,11 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
 
 
 def parse_arguments(
-    description: str, arguments: list[str] | None = None, of: Sequence[Callable] = (), **switches
+    description: str, arguments: list[str] | None = None, functions: Sequence = (), **switches
 ) -> argparse.Namespace:
     """Parse a command line that trains; `switches` are flags without a value, and their help.
 
-    Others are the signatures of `train`, losses and networks (a plugin's, too) and functions `of`.
+    Others are made from the signatures of `train`, `functions`, and all losses and networks.
     """
     options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=description, add_help=False, **options)
@@ -169,7 +169,7 @@ def parse_arguments(
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
     for name, text in switches.items():
         add(f"--{name}", action="store_true", help=text)
-    used = (train, *of, trainer, network)  # the others' flags: for --help, and for ./run.sh
+    used = (train, *functions, trainer, network)  # the others' flags: for --help, and for ./run.sh
     for function in dict.fromkeys((*used, *classes.values())):
         for name, options in flags(function):
             try:
@@ -178,6 +178,6 @@ def parse_arguments(
                 if function in used:
                     parser.error(f"two arguments are called {name}: rename the plugin's")
     own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in classes.items() if cls.defaults]
-    parser.epilog = f"Defaults of their own: {'; '.join(own)}"
+    parser.epilog = f"Defaults of their own (a network's count): {'; '.join(own)}"
     parser.set_defaults(**trainer.defaults | network.defaults)
     return parser.parse_args(arguments)

@@ -24,7 +24,7 @@ import torch
 from jobs import ROOT
 
 from dataset import load_dataset
-from memristor import calibration_images, check, memtorch, to_crossbar
+from memristor import calibration_images, check_devices, memtorch, to_crossbar
 from model import MLP
 from preprocessing import UserError, number, run_command
 from trainer import predict
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--trainer", default="IRM", help="what is trained (default: IRM)")
     parser.add_argument("--cuda", action="store_true", help="train on the GPU too")
     args = parser.parse_args()
-    check(r_on=1, r_off=2)
+    check_devices(r_on=1, r_off=2)
     print("| | ratio | seconds | peak memory, MiB |\n| --- | --- | --- | --- |")
     training(args.trainer, ["--no_cuda"], args.runs)
     if args.cuda:

@@ -99,7 +99,7 @@ def main() -> None:
     add("--figure", default=str(ROOT / "figures" / "crossbar.png"), help='"" draws none')
     add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
-    memristor.check(r_on=1, r_off=2)
+    memristor.check_devices(r_on=1, r_off=2)
     table = [tuple(CONDITIONS[name].items()) for name in args.conditions]
     curves = [((option, value),) for option, values in CURVES.values() for value in values]
     jobs = []

@@ -150,7 +150,7 @@ CNN_KNOBS = {
 }
 # Attributes of CoarseDevices. Textbooks have no plain setting: some devices stuck both ways is it.
 HARDENING_KNOBS = {
-    "LIMIT": (1.0, 0.7, 1.5),
+    "LIMIT": (0.7, 0.5, 1.0),
     "MOST_ON": (0.2, 0.1, 0.3),
     "MOST_OFF": (0.25, 0.0, 0.5),
     "STATES": (0, 2, 4),

@@ -343,7 +343,7 @@ def test_command(command, dataset_path):
 )
 def test_nonsense_is_refused(arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse_arguments("", [*map(str, arguments)], of=[to_crossbar])
+        parse_arguments("", [*map(str, arguments)], functions=[to_crossbar])
     assert caught.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert all(word in last for word in words)
@@ -356,14 +356,14 @@ def test_contradictions_are_refused_before_training(command, dataset_path):
 
 def test_flags_are_the_signatures(capsys):
     """Defaults of to_crossbar are those of the command line; its help has them all."""
-    args = parse_arguments("", [], of=[to_crossbar], harden="train on")
+    args = parse_arguments("", [], functions=[to_crossbar], harden="train on")
     assert (args.tile_shape, args.adc_resolution, args.r_on) == ((128, 128), 8, 1.4e4)
     assert args.conductance_states is None and args.harden is False
     given = ["--conductance_states", "4", "--adc_resolution", "6", "--tile_shape", "64", "32"]
-    args = parse_arguments("", given, of=[to_crossbar])
+    args = parse_arguments("", given, functions=[to_crossbar])
     assert (args.conductance_states, args.adc_resolution, args.tile_shape) == (4, 6, [64, 32])
     with pytest.raises(SystemExit):
-        parse_arguments("", ["--help"], of=[to_crossbar], harden="train on")
+        parse_arguments("", ["--help"], functions=[to_crossbar], harden="train on")
     assert capsys.readouterr().out.count("\n  --") <= 40
 
 

@@ -175,3 +175,11 @@ def test_digits_that_are_missing_or_damaged_are_named(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="mnist.npz is missing or damaged"):
             load_dataset(tmp_path)
     assert not (tmp_path / "ColoredMNIST").exists()
+
+
+@pytest.mark.parametrize("script", ["preprocessing.py", "exp-mnist.py"])
+def test_the_folder_around_is_wanted(in_process, dataset_path, script):
+    """Not ColoredMNIST itself, in which other data would be drawn, and read in silence."""
+    result = in_process(script, "--dataset_path", dataset_path / "ColoredMNIST")
+    assert_one_line(result, f"for --dataset_path give {dataset_path}")
+    assert not (dataset_path / "ColoredMNIST" / "ColoredMNIST").exists()

@@ -90,10 +90,13 @@ def test_help_leaves_the_logs(clone):
     assert (clone.folder / "ERM_log.txt").read_text() == "old"
 
 
-@pytest.mark.parametrize("arguments", [("--seed", "5"), ("--seed=5",)])
-def test_the_seed_has_its_own_way_in(clone, arguments):
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(("--seed", "5"), "SEED="), (("--seed=5",), "SEED="), (("--trainer", "IRM"), "exp-mnist.py")],
+)
+def test_what_run_sets_itself_is_refused(clone, arguments, words):
     result = clone(*arguments)
-    assert result.returncode == 2 and "SEED=" in result.stderr
+    assert result.returncode == 2 and words in result.stderr
     assert not (clone.folder / "ERM_log.txt").exists()
 
 
