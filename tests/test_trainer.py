@@ -1,5 +1,6 @@
 """Training and its two promises: the log's form, and the accuracies of the assignment."""
 
+import argparse
 import ast
 import collections
 import copy
@@ -322,7 +323,7 @@ def test_log_and_saved_models(in_process, dataset_path, data, tmp_path):
     scores = []
     for path in sorted(folder.glob("*.pt")):
         saved = torch.load(path, weights_only=True)
-        network = MLP()
+        network, _ = build(argparse.Namespace(**saved["arguments"]))
         network.load_state_dict(saved["state_dict"])
         assert path.stat().st_size < 1.1 * 4 * sum(p.numel() for p in network.parameters())
         scores.append(metrics(predict(network, data.test), data.test.labels)["Accuracy"])
