@@ -1,7 +1,7 @@
 """The README's table of results, in Markdown.
 
 python benchmarks/results.py
-python benchmarks/results.py --no_cnn --seeds $(seq 20000 20009)
+python benchmarks/results.py --no_cnn --seeds $(seq 30000 30009)
 
 The first is what `OMP_NUM_THREADS=1 python exp-mnist.py --no_cuda`, with a row's flags, prints:
 three repetitions of seed 1234, mean and population standard deviation. The second trains once with
