@@ -605,13 +605,13 @@ def test_divergence_is_reported(in_process, small_files, data):
 def test_help_explains_every_flag(in_process):
     result = in_process("exp-mnist.py", "--help")
     assert result.returncode == 0 and result.stderr == ""
-    flags, epilog = result.stdout.split("Defaults of their own:")
+    flags, epilog = result.stdout.split("Defaults of their own (a network's count):")
     blocks = re.split(r"\n  (?=-)", flags)[1:]
     assert 20 < len(blocks) <= 1 + 28  # and --help itself
     for block in blocks:
         explanation = re.split(r"\s{2,}", block.split("\n\n")[0], maxsplit=1)[1]
         assert len(re.sub(r"\(default: .*?\)", "", explanation).split()) > 2, block
-    for name in ("CNN: 'batch_size': 384",):
+    for name in ("CNN: 'batch_size': 384", "Backdoor: 'iteration': 800"):
         assert name in " ".join(epilog.split())
 
 
