@@ -59,7 +59,7 @@ class Digits:
     def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
         """Endless minibatches of `size`, or of all digits if they are fewer.
 
-        Each pass is in a new order, less an incomplete last one, moved by up to `shift` pixels.
+        A pass has a new order and drops its remainder; a minibatch moves by up to `shift` pixels.
         """
         size, count = min(size, len(self)), len(self)
         passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())

@@ -144,7 +144,7 @@ def draw_environments(
         seed: seed of all random draws
     """
     folder = dataset_path / "ColoredMNIST"
-    refuse(dataset_path.name == folder.name, f"for --dataset_path give {folder.parents[1]}")
+    refuse((dataset_path / "test.pt").exists(), "--dataset_path is the folder around ColoredMNIST")
     if any(folder.glob("*")):
         return False
     generator = torch.Generator().manual_seed(seed)

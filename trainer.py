@@ -49,7 +49,7 @@ def train(
         weight_decay: L2 coefficient of Adam
         epsilon: of Adam (with torch's own, 1e-8, more hidden units end up inactive on every image)
         max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013); 0: none are
-        average_last: last part of the steps whose weights are averaged (Izmailov et al. 2018)
+        average_last: last part of the steps, 0 to 1, to average weights of (Izmailov et al. 2018)
         shift: minibatches are moved at random by up to so many pixels, 0 to 13
         evaluation_steps: iterations from log line to log line
     """

@@ -14,8 +14,8 @@ from jobs import ROOT, add_scheduler_flag, fresh_data, refuse_flags, run_jobs, s
 from matplotlib.figure import Figure
 
 from preprocessing import ENVIRONMENTS, number, refuse, run_command
-from register import NETWORKS, TRAINERS
-from trainer import arguments_of, evaluate, parse_arguments, train
+from register import TRAINERS
+from trainer import arguments_of, build, evaluate, parse_arguments, train
 
 
 class Watched:
@@ -42,16 +42,14 @@ def curves(trainer: str, every: int, options: tuple[str, ...]) -> list[list[floa
     torch.manual_seed(1000 * args.seed)
     training, held_out = data.hold_out(args.validation)
     environments = [held_out[held_out.envs == env] for env in (0, 1)] + [data.test]
-    network = NETWORKS[args.network]
-    network = network(channels=1 if args.grayscale else 2, **arguments_of(network, args))
+    network, loss = build(args)
 
     def note() -> None:
         accuracies = [100 * evaluate(network, digits)["Accuracy"] for digits in environments]
         points.append([every * len(points), *accuracies])
         network.train()
 
-    loss = Watched(TRAINERS[trainer](**arguments_of(TRAINERS[trainer], args)), every, note)
-    train(network, loss, training, None, **arguments_of(train, args))
+    train(network, Watched(loss, every, note), training, None, **arguments_of(train, args))
     note()
     points[-1][0] = args.iteration
     return points

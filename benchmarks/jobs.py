@@ -144,6 +144,7 @@ def perform(key: tuple[str, str, str, str], job: tuple) -> tuple:
     module, name, code, _ = key
     with LOCK, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")  # whatever a job before it died of
         function = getattr(importlib.import_module(module), name)
         if version(function, *plugins(job)) != code:
             raise UserError("a worker runs another version of the code: start the workers again")

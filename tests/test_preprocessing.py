@@ -177,9 +177,16 @@ def test_digits_that_are_missing_or_damaged_are_named(tmp_path, monkeypatch):
     assert not (tmp_path / "ColoredMNIST").exists()
 
 
+def test_the_folder_around_may_have_the_same_name(tmp_path):
+    """Such as a clone of the project into a folder ColoredMNIST."""
+    around = tmp_path / "ColoredMNIST"
+    assert draw_environments(around, sizes=(60, 60, 60))
+    assert len(load_dataset(around).test) == 60
+
+
 @pytest.mark.parametrize("script", ["preprocessing.py", "exp-mnist.py"])
 def test_the_folder_around_is_wanted(in_process, dataset_path, script):
     """Not ColoredMNIST itself, in which other data would be drawn, and read in silence."""
     result = in_process(script, "--dataset_path", dataset_path / "ColoredMNIST")
-    assert_one_line(result, f"for --dataset_path give {dataset_path}")
+    assert_one_line(result, "--dataset_path is the folder around ColoredMNIST")
     assert not (dataset_path / "ColoredMNIST" / "ColoredMNIST").exists()
