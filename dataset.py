@@ -1,7 +1,7 @@
-"""Files of ColoredMNIST → digits on the device, and minibatches of them."""
+"""Files of ColoredMNIST → samples on the device, and minibatches of them."""
 
-import itertools
 import json
+import math
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -12,28 +12,39 @@ from typing import NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from preprocessing import ENVIRONMENTS, UserError, draw_environments, refuse
+from preprocessing import (
+    ENVIRONMENTS,
+    P_E,
+    P_F,
+    UserError,
+    color_digits,
+    draw_environments,
+    load_mnist,
+)
 
 MEAN, STD = 0.1307, 0.3081  # of value / 255, red and green; blue is 0 throughout
-RGB = "its images are not two or more RGB ones of 28 x 28, or not of the type they should have"
-CHUNK = 2000  # images made into floats at a time when all of them are passed through a network
+CHUNK = 2000  # images passed through a network at a time when there are many
+NOT_RGB = "its images are not two or more RGB ones of 28 x 28, or not of the type they should have"
+DRAWN_WITH = ("p_f", "p_e", "sizes", "shuffle_digits", "seed")  # as `draw_environments` notes
+UNSEEN_SEED = 10000  # the first that is no student number
 
 
 class Batch(NamedTuple):
     """Samples as networks and losses take them."""
 
-    images: Tensor  # (N, channels · 784) float32, normalised
+    images: Tensor  # (N, 2, 28, 28) float32, normalised: red and green, as blue is always 0
     labels: Tensor  # (N,) float32, y: 0 or 1
     colors: Tensor  # (N,) int64, z: 1 red, 0 green
     envs: Tensor  # (N,) int64, e: 0 train1, 1 train2, 2 test
 
 
 @dataclass
-class Digits:
-    """Digits as bytes on the device; blue, 0 in each, would give its weights no gradient."""
+class Samples:
+    """Samples as bytes on the device. `samples[3]`, `samples[:16]` and `samples[mask]` are, too."""
 
-    images: Tensor  # (N, 2, 28, 28) uint8, red and green; (N, 1, 28, 28) without colour
+    images: Tensor  # (N, 2, 28, 28) uint8, red and green
     labels: Tensor  # (N,) float32
     colors: Tensor  # (N,) int64
     envs: Tensor  # (N,) int64
@@ -41,62 +52,81 @@ class Digits:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: Tensor) -> "Digits":
-        return Digits(*(t[index.to(t.device)] for t in vars(self).values()))
+    def __getitem__(self, index: int | slice | Tensor) -> "Samples":
+        """The samples at these positions, or those where a mask is True; IndexError beyond."""
+        if isinstance(index, Tensor):
+            index = index.to(self.labels.device)
+        elif not isinstance(index, slice):
+            position = range(len(self))[index]
+            index = slice(position, position + 1)
+        return Samples(self.images[index], self.labels[index], self.colors[index], self.envs[index])
 
-    def recolored(self) -> "Digits":
-        """The same digits in the other colour: channels exchanged."""
-        return Digits(self.images.flip(1), self.labels, 1 - self.colors, self.envs)
+    def to(self, device: str | torch.device) -> "Samples":
+        """The same samples on a device."""
+        return Samples(
+            self.images.to(device),
+            self.labels.to(device),
+            self.colors.to(device),
+            self.envs.to(device),
+        )
 
-    def grayscale(self) -> "Digits":
-        """The same digits without colour: the brighter channel."""
-        return Digits(self.images.amax(1, keepdim=True), self.labels, self.colors, self.envs)
+    def recolored(self) -> "Samples":
+        """The same digits and labels in the other colour."""
+        return Samples(self.images.flip(1), self.labels, 1 - self.colors, self.envs)
+
+    def batch(self) -> Batch:
+        """All of these samples as one batch."""
+        images = self.images.float().div_(255).sub_(MEAN).div_(STD)
+        return Batch(images, self.labels, self.colors, self.envs)
 
     def chunks(self) -> Iterator[Batch]:
-        """All digits in order, as batches of nearly the same size, `CHUNK` at most."""
-        return self.batches(torch.arange(len(self)).chunk(-(-len(self) // CHUNK)))
+        """All samples in order, in batches of nearly the same size, `CHUNK` at most."""
+        count = math.ceil(len(self) / CHUNK)
+        size = math.ceil(len(self) / count)
+        for start in range(0, len(self), size):
+            yield self[start : start + size].batch()
 
-    def minibatches(self, size: int, shift: int = 0) -> Iterator[Batch]:
-        """Endless minibatches of `size`, or of all digits if they are fewer.
-
-        A pass has a new order and drops its remainder; a minibatch moves by up to `shift` pixels.
-        """
-        size, count = min(size, len(self)), len(self)
-        passes = (torch.randperm(count)[: count // size * size] for _ in itertools.count())
-        return self.batches((index for order in passes for index in order.split(size)), shift)
-
-    def batches(self, indices: Iterable[Tensor], shift: int = 0) -> Iterator[Batch]:
-        """The digits at each of `indices` (N,); each overwrites the images of the one before."""
-        floats = None  # for all batches, as filling is faster than allocating
-        for index in indices:
-            index = index.to(self.images.device)
-            images = self.images.index_select(0, index)
-            if shift:  # what leaves on the right, black in most digits, enters on the left
-                down, right = torch.randint(-shift, shift + 1, (2,)).tolist()
-                images = images.flatten(2).roll(28 * down + right, 2).view_as(images)
-            if floats is None or len(floats) != len(index):
-                floats = torch.empty_like(images, dtype=torch.float32)
-                black = floats.new_tensor(-MEAN / STD)
-            torch.add(black, floats.copy_(images), alpha=1 / (255 * STD), out=floats)
-            yield Batch(floats.flatten(1), self.labels[index], self.colors[index], self.envs[index])
+    def minibatches(self, size: int) -> Iterator[Batch]:
+        """Shuffled passes over all samples, without end; a pass's last minibatch is smaller."""
+        while True:
+            for index in torch.randperm(len(self)).split(size):
+                yield self[index].batch()
 
 
-def concatenate(parts: Iterable[Digits]) -> Digits:
-    """Several sets of digits as one, in their order."""
-    return Digits(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+def concatenate(parts: Iterable[Samples]) -> Samples:
+    """Several sets of samples as one, in their order."""
+    parts = list(parts)
+    return Samples(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        torch.cat([part.colors for part in parts]),
+        torch.cat([part.envs for part in parts]),
+    )
 
 
 class Dataset(NamedTuple):
     """What a folder of files holds."""
 
-    training: Digits  # train1 and train2
-    validation: Digits | None  # None where `hold_out` takes digits from `training`
-    test: Digits
-    description: str
+    training: Samples  # train1 and train2
+    validation: Samples | None  # None where `hold_out` takes samples from `training`
+    test: Samples
+    folder: Path
+    form: str  # what the files are, such as "drawn with p_f 0.2, ..., seed 1234"
+    seed: int | None = None  # that they were drawn with, where the files say
+    drawn_now: bool = False
 
-    def hold_out(self, proportion: float) -> tuple[Digits, Digits | None]:
-        """Digits to train on and digits for validation: drawn at random, unless the files say."""
-        if self.validation is not None or not proportion:
+    @property
+    def description(self) -> str:
+        form = self.form.replace("drawn with", "drawn now with") if self.drawn_now else self.form
+        return f"{self.folder}, {form}"
+
+    def hold_out(self, proportion: float) -> tuple[Samples, Samples | None]:
+        """Samples to train on, and samples for validation.
+
+        A proportion of the training samples, 0 to 1, drawn at random, is held out, unless the files
+        have validation samples of their own. At least one remains on either side.
+        """
+        if self.validation is not None or proportion == 0:
             return self.training, self.validation
         count = len(self.training)
         held_out = min(max(1, round(proportion * count)), count - 1)
@@ -105,84 +135,183 @@ class Dataset(NamedTuple):
 
 
 def load_dataset(
-    dataset_path: str | Path, seed: int = 1234, grayscale: bool = False, device: str = "cpu"
+    dataset_path: str | Path = "data", seed: int = 1234, device: str | torch.device = "cpu"
 ) -> Dataset:
-    """The data in `dataset_path`/ColoredMNIST, drawn if there are none; UserError if damaged."""
+    """The data in `dataset_path`/ColoredMNIST, on a device.
+
+    They are drawn with `seed` if there are none. Raises UserError if they can't be used.
+    """
     folder = Path(dataset_path) / "ColoredMNIST"
-    draw_environments(Path(dataset_path), seed=seed)
+    drawn_now = draw_environments(Path(dataset_path), seed=seed)
     anew = "delete the folder to draw the assignment's, or give another --dataset_path"
-    present = {path.stem for path in folder.glob("*.pt")}
-    framework = {"train", "val", "test"} <= present and not {*ENVIRONMENTS} <= present
-    names = dict(train=None, val=None, test=2) if framework else dict(train1=0, train2=1, test=2)
-    missing = ", ".join(f"{name}.pt" for name in names if name not in present)
-    refuse(missing, f"{folder} lacks {missing}: add that, or {anew}")
-    digits, forms = zip(*(read_file(folder / f"{n}.pt", e) for n, e in names.items()), strict=True)
-    digits = [part.grayscale() if grayscale else part for part in digits]
-    digits = [Digits(*(tensor.to(device) for tensor in vars(part).values())) for part in digits]
-    refuse(len(set(forms)) > 1, f"{folder} mixes files of different draws or forms: {anew}")
-    training, validation, test = digits if framework else (concatenate(digits[:2]), None, digits[2])
-    one_label = any(part.labels.min() == part.labels.max() for part in (training, test))
-    refuse(one_label, f"{folder} has images of one label only: {anew}")
-    return Dataset(training, validation, test, f"{folder}, {forms[0]}")
+    present = {path.stem for path in folder.glob("*.pt") if not path.name.startswith(".")}
+    if "train1" in present or "train2" in present or "train" not in present:
+        envs_of = {"train1": 0, "train2": 1, "test": 2}
+    else:  # the course framework's files: its training samples say their environments themselves
+        envs_of = {"train": None, "val": None, "test": 2}
+    missing = [f"{name}.pt" for name in envs_of if name not in present]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: add that, or {anew}")
+    others = sorted(f"{name}.pt" for name in present if name not in envs_of)
+    if others:
+        raise UserError(
+            f"{folder} has {', '.join(others)} beside {', '.join(envs_of)}: two training "
+            f"environments and one test environment are supported; remove what is more, or {anew}"
+        )
+
+    parts = {}
+    for name, env in envs_of.items():
+        samples, form, seed = read_file(folder / f"{name}.pt", env)
+        for other, (earlier, other_form) in parts.items():
+            if form != other_form:
+                raise UserError(f"{folder} mixes files of different draws or forms: {anew}")
+            if torch.equal(samples.images, earlier.images):
+                raise UserError(f"{folder} has the same images as {other} and as {name}: {anew}")
+        parts[name] = samples, form
+    first, second, test = [samples.to(device) for samples, _ in parts.values()]
+    if "train1" in envs_of:
+        training, validation = concatenate([first, second]), None
+    else:
+        training, validation = first, second
+    if len(training.envs.unique()) < 2:
+        raise UserError(f"{folder} has one training environment, and two are needed: {anew}")
+    if any(len(samples.labels.unique()) < 2 for samples in (training, test)):
+        raise UserError(f"{folder} has images of one label only: {anew}")
+    return Dataset(training, validation, test, folder, form, seed, drawn_now)
 
 
-def read_file(path: Path, env: int | None) -> tuple[Digits, str]:
-    """The digits in a .pt file of any known form, and what form that is.
+def unseen_samples() -> Samples:
+    """A test environment of MNIST's own 10,000 test digits, always the same.
 
-    The project's is a dict, the course project's a list of (image, label, colour), the framework's
-    [images, labels], with environments if `env` is None. UserError names the file and the remedy.
+    Nothing is trained on them, and nothing may be chosen by them.
+    """
+    generator = torch.Generator().manual_seed(UNSEEN_SEED)
+    drawn = color_digits(*load_mnist("test"), P_F, P_E[2], generator)
+    envs = torch.full((len(drawn["labels"]),), 2)
+    return Samples(
+        drawn["images"][:, :2].contiguous(), drawn["labels"].float(), drawn["colors"].long(), envs
+    )
+
+
+def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
+    """The samples in a .pt file of any known form, what form that is, and the seed if it says.
+
+    The project's own is a dict; the course project's a list of (image, label, colour), other public
+    generators' of (image, label) or (image, label, colour, digit); the course framework's is
+    [images, labels], with environments where `env` is None. UserError names file and remedy.
     """
     try:
-        checked = zipfile.is_zipfile(path)
-        if checked:  # torch.load does not compare the checksums of what it reads
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
+        if zipped:  # torch.load does not compare the checksums of what it reads
             with zipfile.ZipFile(path) as archive:
-                refuse(archive.testzip(), "its checksums do not fit")
+                if archive.testzip():
+                    raise UserError("its checksums do not fit")
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
-        envs = None
-        if isinstance(record, dict):
-            images, labels, colors = (record[key] for key in ("images", "labels", "colors"))
-            drawn = {key: record.get(key) for key in ("p_f", "p_e", "shuffle_digits", "seed")}
-            form = "drawn with " + ", ".join(f"{k} {json.dumps(v)}" for k, v in drawn.items())
-        elif isinstance(record[0], Tensor):
-            images, labels, envs = record if env is None else (*record, None)
-            images, form = denormalized(images), "normalised tensors (the course framework's form)"
-            colors = images[:, 0].flatten(1).any(1)
-        else:
-            images, labels, colors = zip(*record, strict=True)
-            _, modes, sizes, _, pixels = zip(*(image.state[:5] for image in images), strict=True)
-            refuse({*modes} != {"RGB"} or {*sizes} != {(28, 28)}, RGB)
-            images = torch.frombuffer(bytearray(b"".join(pixels)), dtype=torch.uint8)
-            images = images.view(-1, 28, 28, 3).movedim(3, 1)
-            labels, colors = torch.tensor(labels), torch.tensor(colors)
-            form = "tuples of (image, label, colour) (the course project's form)"
-        envs = torch.full((len(labels),), env) if envs is None else envs
-        form += "" if checked else ", in torch's old format, which has no checksums"
-        return digits_of(1 if env is None else 2, images, labels, colors, envs), form
     except Exception as error:  # whatever a stranger's bytes may provoke
-        reason = error if isinstance(error, (UserError, OSError)) else "damaged or of unknown form"
-        remedy = f"replace it, or delete {path.parent} to draw the assignment's data"
-        raise UserError(f"{path} cannot be used ({reason}): {remedy}") from None
+        if not isinstance(error, (UserError, OSError)):
+            error = "damaged, or of other things than tensors, numbers and images"
+        raise unusable(path, error) from None
+    try:
+        samples, form, seed = samples_of(record, path.stem, env)
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error = f"whole, but of no known form: {described(record)}"
+        raise unusable(path, error) from None
+    if not zipped:
+        form += ", in torch's old format, which has no checksums"
+    return samples, form, seed
+
+
+def unusable(path: Path, reason: object) -> UserError:
+    return UserError(
+        f"{path} cannot be used ({reason}): replace it, or delete {path.parent} to draw the "
+        "assignment's data"
+    )
+
+
+def described(record: object) -> str:
+    """What a file holds: which type, how many entries, and of what type the first one is."""
+    text = f"a {type(record).__name__}"
+    if isinstance(record, (list, tuple, dict)):
+        text += f" of {len(record)} entries"
+        if record:
+            first = next(iter(record))
+            text += f", the first a {type(first).__name__}"
+            if isinstance(first, (list, tuple)):
+                text += f" of {len(first)}"
+    return text
+
+
+def samples_of(record: object, name: str, env: int | None) -> tuple[Samples, str, int | None]:
+    """What a file holds, as `read_file` returns it; raises anything if it is of no known form."""
+    if isinstance(record, dict):
+        if record.get("environment", name) != name:
+            raise UserError(f"it holds the environment {record['environment']}")
+        images, labels, colors = record["images"], record["labels"], record["colors"]
+        if "sizes" in record and record["sizes"][env] != len(images):
+            raise UserError(f"it has {len(images)} images of the {record['sizes'][env]} drawn")
+        drawn = [f"{key} {json.dumps(record.get(key))}" for key in DRAWN_WITH]
+        envs = torch.full((len(images),), env)
+        form = f"drawn with {', '.join(drawn)}"
+        return checked_samples(images, labels, colors, envs), form, record.get("seed")
+    if isinstance(record[0], Tensor):
+        if env is None:
+            images, labels, envs = record
+            if not set(envs.tolist()) <= {0, 1} or len(envs) != len(images):
+                raise UserError("its environments are not 0 or 1, one for each image")
+        else:
+            images, labels = record
+            envs = torch.full((len(images),), env)
+        images = denormalized(images)
+        colors = images[:, 0].flatten(1).any(1)
+        form = "normalised tensors (the course framework's form)"
+        return checked_samples(images, labels, colors, envs), form, None
+    (length,) = {len(entry) for entry in record}
+    if length not in (2, 3, 4):
+        raise ValueError
+    images = torch.stack([pixels_of(entry[0]) for entry in record])
+    labels = torch.tensor([entry[1] for entry in record])
+    colors = images[:, 0].flatten(1).any(1)  # red, where the digit is in the red channel
+    if length == 3:
+        colors = torch.tensor([entry[2] for entry in record])
+    parts = {2: "image, label", 3: "image, label, colour", 4: "image, label, colour, digit"}
+    form = f"tuples of ({parts[length]})"
+    envs = torch.full((len(images),), env)
+    return checked_samples(images, labels, colors, envs), form, None
+
+
+def pixels_of(image: "StandIn") -> Tensor:
+    """The pixels (3, 28, 28) of a PIL image that was read from a file."""
+    _, mode, size, _, pixels = image.state[:5]
+    if mode != "RGB" or size != (28, 28):
+        raise UserError(NOT_RGB)
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(28, 28, 3).movedim(2, 0)
 
 
 def denormalized(images: Tensor) -> Tensor:
     """Normalised floats (N, 2352) → the grey levels that they were, (N, 3, 28, 28) uint8."""
-    levels = (images.unflatten(1, (3, 784)) * STD + torch.tensor([[MEAN], [MEAN], [0]])) * 255
+    mean = torch.tensor([[MEAN], [MEAN], [0]])
+    levels = (images.unflatten(1, (3, 784)) * STD + mean) * 255
     grey = levels.round().clamp(0, 255)
-    refuse(not (levels - grey).abs().max() <= 0.05, "its images are not normalised as assigned")
+    if not (levels - grey).abs().max() <= 0.05:  # so put, nan is refused as well
+        raise UserError("its images are not normalised as assigned")
     return grey.to(torch.uint8).view(-1, 3, 28, 28)
 
 
-def digits_of(last: int, images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor) -> Digits:
-    """`Digits` of RGB images, environments from 0 to `last`; UserError for anything else."""
-    refuse(images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28) or len(images) < 2, RGB)
-    for name, values, high in (("labels", labels, 1), ("colours", colors, 1), ("envs", envs, last)):
-        fit = values.shape == images.shape[:1] and {*values.tolist()} <= {*range(high + 1)}
-        refuse(not fit, f"its {name} are not whole numbers from 0 to {high}, one for each image")
-    dark = images[torch.arange(len(images)), colors.long()].any() or images[:, 2].any()
-    refuse(dark, "a digit is not in its colour's channel alone")
-    return Digits(images[:, :2].contiguous(), labels.float(), colors.long(), envs.long())
+def checked_samples(images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor) -> Samples:
+    """`Samples` of RGB images (N, 3, 28, 28) uint8; UserError for anything else."""
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, 28, 28) or len(images) < 2:
+        raise UserError(NOT_RGB)
+    for name, values in (("labels", labels), ("colours", colors)):
+        if values.shape != images.shape[:1] or not set(values.tolist()) <= {0, 1}:
+            raise UserError(f"its {name} are not 0 or 1, one for each image")
+    other_channel = images[torch.arange(len(images)), colors.long()]  # 1 is red: then it is green
+    if other_channel.any() or images[:, 2].any():
+        raise UserError("a digit is not in its colour's channel alone")
+    return Samples(images[:, :2].contiguous(), labels.float(), colors.long(), envs.long())
 
 
 class StandIn:
@@ -194,10 +323,17 @@ class StandIn:
         self.state = state
 
 
-# NumPy's scalars are read as the integers that their bytes are, and checked as others are.
-SCALARS = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-STAND_INS = [(StandIn, "PIL.Image.Image"), (StandIn, "numpy.dtype")]
-STAND_INS += [(lambda _, data: int.from_bytes(data, "little"), name) for name in SCALARS]
+def integer_of(_: object, data: bytes) -> int:
+    """Stands for what makes NumPy's scalars: the integer that their bytes are."""
+    return int.from_bytes(data, "little")
+
+
+STAND_INS = [
+    (StandIn, "PIL.Image.Image"),
+    (StandIn, "numpy.dtype"),
+    (integer_of, "numpy.core.multiarray.scalar"),
+    (integer_of, "numpy._core.multiarray.scalar"),
+]
 
 
 class ColoredMNIST(torch.utils.data.Dataset):
@@ -210,16 +346,26 @@ class ColoredMNIST(torch.utils.data.Dataset):
     def __init__(self, root="data", env: str = "train1", transform=None, target_transform=None):
         if env not in (*ENVIRONMENTS, "all_train"):
             raise ValueError(f"env {env!r} is none of train1, train2, test, all_train")
-        digits = concatenate(part for part in load_dataset(root)[:3] if part is not None)
-        chosen = digits.envs < 2 if env == "all_train" else digits.envs == ENVIRONMENTS.index(env)
-        self.digits = digits[chosen]
-        self.transform = transform or torch.nn.Identity()
-        self.target_transform = target_transform or torch.nn.Identity()
+        data = load_dataset(root)
+        samples = concatenate(
+            part for part in (data.training, data.validation, data.test) if part is not None
+        )
+        if env == "all_train":
+            self.samples = samples[samples.envs < 2]
+        else:
+            self.samples = samples[samples.envs == ENVIRONMENTS.index(env)]
+        self.transform = transform
+        self.target_transform = target_transform
 
     def __len__(self) -> int:
-        return len(self.digits)
+        return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple:
-        image, label, color, _ = (t[index] for t in vars(self.digits).values())
-        rgb = torch.nn.functional.pad(image.movedim(0, 2), (0, 1)).numpy()
-        return self.transform(Image.fromarray(rgb)), self.target_transform(int(label)), int(color)
+        red_and_green = self.samples.images[index].movedim(0, 2)
+        image = Image.fromarray(F.pad(red_and_green, (0, 1)).numpy())
+        label, color = int(self.samples.labels[index]), int(self.samples.colors[index])
+        if self.transform is not None:
+            image = self.transform(image)
+        if self.target_transform is not None:
+            label = self.target_transform(label)
+        return image, label, color

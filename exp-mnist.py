@@ -5,30 +5,39 @@ python exp-mnist.py --seed 1234 --trainer IRM > IRM_log.txt
 
 from statistics import fmean
 
-import torch
-
-from metric import metrics, summarize
-from preprocessing import run_command
-from trainer import arguments_of, build, load, parse_arguments, predict, save, train
+from metric import group_accuracies, metrics, summarize
+from preprocessing import run_command, warn
+from trainer import (
+    load,
+    parse_arguments,
+    predict,
+    repetitions,
+    save,
+    train,
+    training_settings,
+)
 
 
 def main() -> None:
     args = parse_arguments("Train on ColoredMNIST by ERM, groupDRO, IRM or backdoor adjustment.")
     data = load(args)
+    test = data.test
     results, flip_rates = [], []
-    for repetition in range(1, args.repetitions + 1):
+    for repetition, network, loss, training, validation in repetitions(args, data):
         print(f"Repetition {repetition} of {args.repetitions}")
-        torch.manual_seed(1000 * args.seed + repetition - 1)
-        training, validation = data.hold_out(args.validation)
-        network, loss = build(args)
-        network = train(network, loss, training, validation, **arguments_of(train, args))
+        train(network, loss, training, validation, **training_settings(args))
 
-        logits, recolored = predict(network, data.test), predict(network, data.test.recolored())
-        results.append(metrics(logits, data.test.labels))
+        logits, recolored = predict(network, test), predict(network, test.recolored())
+        groups = group_accuracies(logits, test.labels, test.colors)
+        results.append(metrics(logits, test.labels))
         flip_rates.append(((logits > 0) != (recolored > 0)).double().mean().item())
         print(f"Test result: {results[-1]}")
+        print(f"Group accuracy: {groups}")
+        print(f"Worst group: {min(groups.values())}")
         print(f"Flip rate: {flip_rates[-1]}", flush=True)
-        save(network, args, repetition)
+        if (logits > 0).unique().numel() == 1:
+            warn(f"repetition {repetition} decides alike on all test images: a constant predictor")
+        save(args, repetition, network, loss, data)
 
     print(f"Mean flip rate: {fmean(flip_rates)}")
     print(f"Summary: {summarize(results)}")

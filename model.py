@@ -1,190 +1,247 @@
-"""The networks, and one class per way of training them (a loss on the logits of a minibatch).
+"""The networks, and one class for each way of training them.
 
-Symbols: Φ(x) is the logit, w = 1 the frozen output layer behind it, e an environment, R_e its risk
-(mean binary cross entropy), y the label, z the colour, σ the logistic function.
+Symbols: Φ(x) is the logit of an image x, w = 1 the output layer behind it, e an environment, y the
+label, z the colour, σ the logistic function, R_e the risk of an environment in the minibatch: its
+mean binary cross entropy, which the assignment calls L_e.
 """
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dataset import Batch
-from preprocessing import Amount, DropRate, number
 
 
 class Network(nn.Module):
-    """Normalised images (N, channels · 784) → logits (N,): layers `phi`, then the frozen w = 1."""
+    """Layers `phi`, then the `output_layer`, a scalar that is 1 and stays 1.
 
-    defaults = {}  # of the command line's arguments, in place of what the signatures say
+    Args:
+        phi: from images (N, channels, 28, 28) to logits (N, 1); two channels, one if `grayscale`
+        grayscale: hide the colours
+    """
 
-    def __init__(self, phi: nn.Sequential):
+    def __init__(self, phi: nn.Sequential, grayscale: bool = False):
         super().__init__()
         self.phi = phi
-        # A bare scalar, no nn.Linear: MemTorch would turn a 1 x 1 layer into a crossbar of its own.
-        self.output_layer = nn.Parameter(torch.ones(()), requires_grad=False)
-        for layer in phi:
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                nn.init.xavier_uniform_(layer.weight)  # Glorot's, as Arjovsky et al. 2019 have it
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        self.grayscale = grayscale
+        # It requires a gradient, for IRM; the optimizer gets phi's parameters alone.
+        self.output_layer = nn.Parameter(torch.ones(()))
+
+    def channels(self, images: Tensor) -> Tensor:
+        """Normalised images (N, 2 or 3, 28, 28) → the channels that phi gets.
+
+        Red and green, as blue is 0 in every image; with `grayscale` the brighter of these two.
+        """
+        images = images[:, :2]
+        return images.amax(1, keepdim=True) if self.grayscale else images
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.output_layer * self.phi(images).squeeze(-1)
+        """Normalised images (N, 2 or 3, 28, 28) → logits (N,)."""
+        return self.output_layer * self.phi(self.channels(images)).squeeze(-1)
 
 
 class MLP(Network):
-    """The assignment's network: fully connected layers with ReLU, one logit.
-
-    Without blue (see `dataset.Digits`), weights start from Glorot's bound for 1568 inputs, 22 %
-    wider than the assignment's for 2352. Those of red and green start the same, so that untrained
-    it decides alike in both: prior knowledge, which the assignment's lacks. The logit's start equal
-    in size, half negative. If both were drawn, few units might answer to a label in one colour.
+    """The assignment's network: fully connected layers with ReLU and one logit.
 
     Args:
-        hidden_dim: units of each hidden layer (MLP)
-        bias: give the layers biases (MLP)
-        drop_rate: proportion of hidden units dropped while training, 0 to 0.99
+        hidden_dim: units of each hidden layer
+        bias: give the layers biases
+        drop_rate: proportion of hidden units dropped while training, 0 to 1
+        grayscale: hide the colours
     """
 
     def __init__(
         self,
-        channels: int = 2,
-        hidden_dim: Annotated[tuple[int, ...], number(int, 1)] = (64, 16),
+        hidden_dim: tuple[int, ...] = (64, 16),
         bias: bool = False,
-        drop_rate: DropRate = 0.0,
+        drop_rate: float = 0.0,
+        grayscale: bool = False,
     ):
-        layers, inputs = [], channels * 784
+        layers = [nn.Flatten()]
+        inputs = 784 if grayscale else 3 * 784
         for width in hidden_dim:
             layers += [nn.Linear(inputs, width, bias), nn.ReLU()]
-            layers += [nn.Dropout(drop_rate)] if drop_rate else []
+            if drop_rate:
+                layers.append(nn.Dropout(drop_rate))
             inputs = width
-        super().__init__(nn.Sequential(*layers, nn.Linear(inputs, 1, bias)))
-        from_colors, to_logit = (self.phi[index].weight.detach() for index in (0, -1))
-        from_colors.copy_(from_colors[:, :784].repeat(1, channels))
-        to_logit.fill_((2 / (inputs + 1)) ** 0.5)  # the standard deviation of Glorot's draw
-        to_logit[:, 1::2] *= -1
-
-
-class Loss:
-    """What one training minimises: `loss(logits, batch)`, logits (N,), a scalar; may keep state."""
-
-    defaults = {}  # of the command line's arguments, in place of what the signatures say
-    environments = 2
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Binary cross entropy of each sample, (N,)."""
-        return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-
-    def means(self, values: Tensor, batch: Batch) -> Tensor:
-        """Mean of `values` (N,) over each environment's samples, (E,); 0 where a batch has none."""
-        members = F.one_hot(batch.envs, self.environments).to(values.dtype)
-        return values @ members / members.sum(0).clamp(min=1)
-
-    def risks(self, logits: Tensor, batch: Batch) -> Tensor:
-        """R_e, (E,)."""
-        return self.means(self.losses(logits, batch), batch)
-
-
-class ERM(Loss):
-    """Empirical risk minimisation: mean over e of R_e (assignment, equations 2 and 3)."""
-
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.risks(logits, batch).mean()
-
-
-class GroupDRO(Loss):
-    """Group distributionally robust optimisation (after Sagawa et al. 2019, Algorithm 1).
-
-    q starts uniform. In each step q_e ← q_e exp(η R_e), renormalised; then Σ q_e R_e, q constant.
-
-    Args:
-        eta: step size η of groupDRO's weights q
-    """
-
-    def __init__(self, eta: Amount = 0.05):
-        self.eta = eta
-        self.log_q = torch.zeros(self.environments)  # exp(η R_e) can overflow, its logarithm can't
-
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        risks = self.risks(logits, batch)
-        self.log_q = (self.log_q.to(risks.device) + self.eta * risks.detach()).log_softmax(-1)
-        return (self.log_q.softmax(-1) * risks).sum()
-
-
-class IRM(Loss):
-    """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019; assignment, equation 4).
-
-    Mean over e of R_e + λ · mean over e of G_e², where G_e = ∂R_e(w · Φ)/∂w at w = 1 is the
-    environment's mean of (σ(Φ) - y) Φ, the same as torch.autograd.grad by `output_layer`.
-
-    Args:
-        reg_lambda: weight λ of IRM's penalty
-    """
-
-    def __init__(self, reg_lambda: Amount = 50.0):
-        self.reg_lambda = reg_lambda
-
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        slopes = self.means((torch.sigmoid(logits) - batch.labels) * logits, batch)
-        return self.risks(logits, batch).mean() + self.reg_lambda * slopes.square().mean()
-
-
-class Backdoor(Loss):
-    """Backdoor adjustment for colour and environment, the stratum s (Pearl 2009, theorem 3.3.2).
-
-    P(y | do(x)) = Σ_s P(y | x, s) P(s). Where the digit says nothing about s once the label is
-    known, the log odds of P(y = 1 | x, s) are Φ(x) + o_s, o_s = log P(y = 1 | s) / P(y = 0 | s), by
-    Bayes' rule (prior correction, King & Zeng 2001). That is what is fitted; `probability` sums.
-
-    Args:
-        adjustment: Backdoor's. "offset" fits σ(Φ + o_s) by maximum likelihood. "weights" makes each
-            sample count 1 / P(y | s), which is P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal
-            bootstrapping, Little & Badawy 2019); σ(Φ) is then the posterior for balanced labels
-    """
-
-    defaults = {"iteration": 800, "weight_decay": 1e-3}  # longer: a weight sees one colour
-
-    def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
-        self.adjustment = adjustment
-        # Of the samples seen so far, (S, 2): stratum 2 e + z, label. The half leaves odds finite.
-        self.counts = torch.full((2 * self.environments, 2), 0.5)
-
-    @property
-    def offsets(self) -> Tensor:
-        """o_s, (S,)."""
-        return self.counts[:, 1].log() - self.counts[:, 0].log()
-
-    def probability(self, logits: Tensor) -> Tensor:
-        """Logits Φ(x) of any shape → P(y = 1 | do(x)) = Σ_s P(s) σ(Φ(x) + o_s), of that shape."""
-        p_s = self.counts.sum(1) / self.counts.sum()
-        given_s = torch.sigmoid(logits.unsqueeze(-1) + self.offsets.to(logits.device))
-        return (given_s * p_s.to(logits.device)).sum(-1)
-
-    def __call__(self, logits: Tensor, batch: Batch) -> Tensor:
-        strata, labels = 2 * batch.envs + batch.colors, batch.labels.long()
-        seen = F.one_hot(2 * strata + labels, self.counts.numel()).sum(0).view_as(self.counts)
-        self.counts = self.counts.to(logits.device) + seen
-        if self.adjustment == "offset":
-            return self.losses(logits + self.offsets[strata], batch).mean()
-        p_y = self.counts / self.counts.sum(1, keepdim=True)
-        return (self.losses(logits, batch) / p_y[strata, labels]).mean() / 2  # their mean is 2
+        layers.append(nn.Linear(inputs, 1, bias))
+        if not grayscale:
+            drop_blue(layers[1])
+        super().__init__(nn.Sequential(*layers), grayscale)
 
 
 class CNN(Network):
     """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
 
     Args:
-        drop_rate: proportion of hidden units dropped while training, 0 to 0.99
+        drop_rate: proportion of hidden units dropped while training, 0 to 1
+        grayscale: hide the colours
     """
 
-    defaults = {"batch_size": 384, "iteration": 800, "weight_decay": 0.0}
-
-    def __init__(self, channels: int = 2, drop_rate: DropRate = 0.0):
-        # Pooling before ReLU gives the same numbers, and ReLU a quarter of the work.
-        layers = [nn.Unflatten(1, (channels, 28, 28)), nn.Conv2d(channels, 32, 5), nn.MaxPool2d(2)]
-        layers += [nn.ReLU(), nn.Conv2d(32, 64, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()]
-        layers += [nn.Linear(64 * 4 * 4, 64), nn.ReLU(), nn.Dropout(drop_rate), nn.Linear(64, 1)]
-        super().__init__(nn.Sequential(*layers))
+    def __init__(self, drop_rate: float = 0.0, grayscale: bool = False):
+        layers = [
+            nn.Conv2d(1 if grayscale else 3, 32, 5),
+            nn.MaxPool2d(2),  # before ReLU: the same numbers, and a quarter of the work
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 5),
+            nn.MaxPool2d(2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 4 * 4, 64),
+            nn.ReLU(),
+            nn.Dropout(drop_rate),
+            nn.Linear(64, 1),
+        ]
+        if not grayscale:
+            drop_blue(layers[0])
+        super().__init__(nn.Sequential(*layers), grayscale)
         self.to(memory_format=torch.channels_last)  # twice as fast on a CPU
+
+
+def drop_blue(layer: nn.Linear | nn.Conv2d) -> None:
+    """Take the blue inputs away from a first layer whose weights torch drew for RGB.
+
+    Blue is 0 in every image, so its weights would change no output and get no gradient: without
+    them a step takes a third less time. The others stay as torch drew them for all inputs.
+    """
+    inputs = layer.weight.shape[1]  # pixels of all channels, or channels
+    layer.weight = nn.Parameter(layer.weight[:, : inputs * 2 // 3].detach().clone())
+    if isinstance(layer, nn.Linear):
+        layer.in_features = layer.weight.shape[1]
+    else:
+        layer.in_channels = layer.weight.shape[1]
+
+
+class Loss(nn.Module):
+    """What a training minimises: `loss(network, batch)` is a scalar. State stands in buffers.
+
+    A loss of one's own has a `forward(self, network, batch)`; it may use the network's logits,
+    `network(batch.images)`, or whatever else it needs. State changes in training mode only.
+    """
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Binary cross entropy of each sample, (N,)."""
+        return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+
+    def risks(self, logits: Tensor, batch: Batch) -> Tensor:
+        """R_e of each environment that the batch has a sample of, in the order of `present`."""
+        losses = self.losses(logits, batch)
+        return torch.stack([losses[batch.envs == e].mean() for e in self.present(batch)])
+
+    def present(self, batch: Batch) -> list[int]:
+        """The environments that the batch has a sample of: 0, 1 or both."""
+        return batch.envs.unique().tolist()
+
+
+class ERM(Loss):
+    """Empirical risk minimisation (assignment, equations 2 and 3): the mean of R_e over e."""
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        return self.risks(network(batch.images), batch).mean()
+
+
+class GroupDRO(Loss):
+    """Group DRO: distributionally robust (Sagawa et al. 2019, arXiv:1911.08731, Algorithm 1).
+
+    q starts uniform. In each step q_e ← q_e exp(η R_e), then q is renormalised, and Σ q_e R_e is
+    minimised with q held constant. The q_e of an environment that a minibatch lacks is not
+    multiplied.
+
+    Args:
+        eta: step size η of the weights q
+    """
+
+    def __init__(self, eta: float = 0.05):
+        super().__init__()
+        self.eta = eta
+        self.register_buffer("q", torch.tensor([0.5, 0.5]))
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        risks = self.risks(network(batch.images), batch)
+        present = self.present(batch)
+        if self.training:
+            log_q = self.q.log()  # as exp(η R_e) can overflow
+            log_q[present] += self.eta * risks.detach()
+            self.q = log_q.softmax(0)
+        return (self.q[present] * risks).sum()
+
+
+class IRM(Loss):
+    """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019, arXiv:1907.02893; assignment, (4)).
+
+    The mean of R_e over e, plus λ times the mean over e of (∂R_e(w · Φ)/∂w at w = 1)². This w is
+    the network's `output_layer`.
+
+    Args:
+        reg_lambda: weight λ of the penalty
+    """
+
+    def __init__(self, reg_lambda: float = 50.0):
+        super().__init__()
+        self.reg_lambda = reg_lambda
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        risks = self.risks(network(batch.images), batch)
+        gradients = [
+            torch.autograd.grad(risk, network.output_layer, create_graph=True)[0] for risk in risks
+        ]
+        penalty = torch.stack(gradients).square().mean()
+        return risks.mean() + self.reg_lambda * penalty
+
+
+class Backdoor(Loss):
+    """Backdoor adjustment for colour and environment, the stratum s (Pearl 2009, theorem 3.3.2).
+
+    The graph is s → x, s → y, x → y: s opens the path x ← s → y, lies before x, and meets the
+    backdoor criterion. Hence
+
+    1. P(y | do(x)) = Σ_s P(y | do(x), s) P(s | do(x)), by the law of total probability,
+    2. P(s | do(x)) = P(s), as s is no effect of x,
+    3. P(y | do(x), s) = P(y | x, s), as no backdoor path is open once s is given,
+    4. P(y | do(x)) = Σ_s P(y | x, s) P(s).
+
+    An image shows its colour, so P(y | x, s) is never observed for the other one. An assumption
+    carries it over: once the label is known, the digit says nothing about s. By Bayes' rule the log
+    odds of P(y = 1 | x, s) are then Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and one
+    Φ for all strata (prior correction, King & Zeng 2001). Training fits that by maximum likelihood
+    and counts o_s and P(s) on the way; `probability` computes step 4.
+
+    Balancing is the adjustment of another graph, s → x, s → y, y → x: each sample counts
+    1 / P(y | s), which gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little &
+    Badawy 2019, arXiv:1910.09648). Its σ(Φ) is the posterior of balanced labels.
+
+    Args:
+        adjustment: "offset" fits σ(Φ + o_s), "weights" balances
+    """
+
+    def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
+        super().__init__()
+        self.adjustment = adjustment
+        # Samples seen so far, of each stratum s = 2 e + z and each label. Half a sample to begin
+        # with keeps the odds finite.
+        self.register_buffer("counts", torch.full((4, 2), 0.5))
+
+    @property
+    def offsets(self) -> Tensor:
+        """o_s, (4,)."""
+        return self.counts[:, 1].log() - self.counts[:, 0].log()
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """Logits Φ(x) of any shape → P(y = 1 | do(x)) = Σ_s P(s) σ(Φ(x) + o_s), of that shape."""
+        p_s = self.counts.sum(1) / self.counts.sum()
+        given_s = torch.sigmoid(logits.to(p_s.device).unsqueeze(-1) + self.offsets)
+        return (given_s * p_s).sum(-1).to(logits.device)
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        logits = network(batch.images)
+        strata = 2 * batch.envs + batch.colors
+        labels = batch.labels.long()
+        if self.training:
+            self.counts += torch.bincount(2 * strata + labels, minlength=8).view(4, 2)
+        if self.adjustment == "offset":
+            return self.losses(logits + self.offsets[strata], batch).mean()
+        p_y = self.counts / self.counts.sum(1, keepdim=True)  # P(y | s)
+        weights = 1 / p_y[strata, labels]  # their mean is 2
+        return (weights * self.losses(logits, batch)).mean() / 2

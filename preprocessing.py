@@ -4,16 +4,16 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 """
 
 import argparse
+import contextlib
 import gc
-import inspect
 import math
-import re
+import os
 import shutil
+import socket
 import sys
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -21,92 +21,8 @@ from filelock import FileLock
 from torch import Tensor
 
 ENVIRONMENTS = ("train1", "train2", "test")
-P_F, P_E = 0.2, (0.1, 0.4, 0.9)
-MNIST = Path(__file__).parent / "data" / "mnist.npz"
-
-
-class UserError(Exception):
-    """A mistake that the user can mend; the message is the one line that they see."""
-
-
-def refuse(condition: object, reason: str) -> None:
-    """Raise UserError with the reason if the condition holds."""
-    if condition:
-        raise UserError(reason)
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
-    """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
-    bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
-    what = f"a {'whole ' if kind is int else ''}number {bounds}"
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if (low < value if above else low <= value) and value <= high and value != math.inf:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-
-    return parse
-
-
-def flags(function: Callable) -> Iterator[tuple[str, dict]]:
-    """Yield (name, options) of a flag for each default; types are hints, help is in docstrings."""
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", inspect.getdoc(function) or "", re.M)
-    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
-        default, hint = parameter.default, parameter.annotation
-        if default is parameter.empty or name == "channels":  # what --grayscale decides
-            continue
-        options = {"type": hint if hint in (int, float, str) else type(default)}
-        if isinstance(default, bool):
-            options = {"action": argparse.BooleanOptionalAction if default else "store_true"}
-        elif get_origin(hint) is Literal:
-            options["choices"] = get_args(hint)
-        elif get_origin(hint) is Annotated:
-            options["type"] = hint.__metadata__[0]
-            if isinstance(default, tuple):
-                options["nargs"] = "+" if ... in get_args(hint.__origin__) else len(default)
-        described = " ".join(dict(found).get(name, f"of {function.__name__}").split())
-        yield name, options | {"default": default, "help": described.replace("%", "%%")}
-
-
-Count = Annotated[int, number(int, 1)]
-Amount = Annotated[float, number(float, 0)]
-Positive = Annotated[float, number(float, 0, above=True)]
-Proportion = Annotated[float, number(float, 0, 1)]
-DropRate = Annotated[float, number(float, 0, 0.99)]
-Seed = Annotated[int, number(int, 0, 2**32 - 1)]
-
-
-@contextmanager
-def written_whole(path: Path, lock: FileLock | None = None) -> Iterator[Path]:
-    """Yield where to write a file or folder; a clean exit renames it. UserError if that fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with lock or nullcontext(), ExitStack() as leftovers:  # one at a time, if locked
-            remove(partial)  # of a run that was killed
-            leftovers.callback(remove, partial)
-            yield partial
-            if partial.exists():
-                partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
-        reason = "the disk may be full" if "inline_container" in str(error) else error
-        raise UserError(f"cannot write {path}: {reason}".split("\n")[0]) from None
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it exists."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
-    """MNIST's "train" or "test" images (N, 28, 28) and digits (N,), uint8; UserError if damaged."""
-    try:
-        with np.load(MNIST) as archive:
-            return tuple(torch.from_numpy(archive[f"{axis}_{part}"]) for axis in "xy")
-    except Exception:  # whatever damaged bytes may provoke
-        raise UserError(f"{MNIST} is missing or damaged: get it again with the project") from None
+P_F, P_E, SIZES = 0.2, (0.1, 0.4, 0.9), (20000, 20000, 20000)
+DATA = Path(__file__).resolve().parent / "data"
 
 
 def color_digits(
@@ -120,20 +36,21 @@ def color_digits(
     labels = (digits >= 5) ^ (torch.rand(len(digits), generator=generator) < p_f)
     colors = labels ^ (torch.rand(len(digits), generator=generator) < p_e)
     rgb = torch.zeros(len(digits), 3, 28, 28, dtype=torch.uint8)
-    rgb[torch.arange(len(digits)), (~colors).long()] = images
+    rgb[colors, 0] = images[colors]
+    rgb[~colors, 1] = images[~colors]
     return {"images": rgb, "labels": labels.to(torch.uint8), "colors": colors.to(torch.uint8)}
 
 
 def draw_environments(
     dataset_path: Path = Path("data"),
     *,
-    p_f: Proportion = P_F,
-    p_e: Annotated[tuple[float, float, float], number(float, 0, 1)] = P_E,
-    sizes: Annotated[tuple[int, int, int], number(int, 2)] = (20000, 20000, 20000),
+    p_f: float = P_F,
+    p_e: tuple[float, float, float] = P_E,
+    sizes: tuple[int, int, int] = SIZES,
     shuffle_digits: bool = False,
-    seed: Seed = 1234,
+    seed: int = 1234,
 ) -> bool:
-    """Draw `dataset_path`/ColoredMNIST unless it has files: True if drawn, UserError if that fails.
+    """Draw `dataset_path`/ColoredMNIST unless it has files: True if drawn. UserError if that fails.
 
     Args:
         dataset_path: folder of the folder ColoredMNIST
@@ -144,30 +61,168 @@ def draw_environments(
         seed: seed of all random draws
     """
     folder = dataset_path / "ColoredMNIST"
-    refuse((dataset_path / "test.pt").exists(), "--dataset_path is the folder around ColoredMNIST")
-    if any(folder.glob("*")):
+    if (dataset_path / "test.pt").exists():
+        raise UserError("--dataset_path is the folder around ColoredMNIST, not that folder itself")
+    if has_files(folder):
         return False
     generator = torch.Generator().manual_seed(seed)
     images, digits = load_mnist()
-    total = sum(sizes)
-    refuse(total > len(digits), f"--sizes adds up to {total}, and there are {len(digits)} digits")
-    order = torch.arange(total)
+    if sum(sizes) > len(digits):
+        raise UserError(f"--sizes adds up to {sum(sizes)}, and there are {len(digits)} digits")
+    order = torch.arange(sum(sizes))
     if shuffle_digits:
-        order[: sum(sizes[:2])] = torch.randperm(sum(sizes[:2]), generator=generator)
-    drawn = {"p_f": p_f, "p_e": list(p_e), "seed": seed, "shuffle_digits": shuffle_digits}
-    with written_whole(folder, FileLock(dataset_path / ".lock")) as partial:
-        if any(folder.glob("*")):  # another run drew it while this one waited for the lock
+        training = sizes[0] + sizes[1]
+        order[:training] = torch.randperm(training, generator=generator)
+    drawn = {"p_f": p_f, "p_e": list(p_e), "sizes": list(sizes)}
+    drawn |= {"shuffle_digits": shuffle_digits, "seed": seed}
+    with written_whole(folder) as partial, FileLock(dataset_path / ".lock"):
+        if has_files(folder):  # another run drew it while this one waited for the lock
             return False
         partial.mkdir()
-        for name, part, flip in zip(ENVIRONMENTS, order.split(list(sizes)), p_e, strict=True):
+        for environment, part, flip in zip(ENVIRONMENTS, order.split(sizes), p_e, strict=True):
             record = color_digits(images[part], digits[part], p_f, flip, generator)
-            torch.save(record | drawn, partial / f"{name}.pt")
+            record |= drawn | {"environment": environment}
+            torch.save(record, partial / f"{environment}.pt")
+        if folder.exists():  # with hidden files such as .gitkeep in it
+            shutil.copytree(folder, partial, dirs_exist_ok=True)
+            shutil.rmtree(folder)
+        partial.replace(folder)
     return True
+
+
+def has_files(folder: Path) -> bool:
+    """Whether there is anything in a folder but hidden files, such as .gitkeep or .DS_Store."""
+    return any(not path.name.startswith(".") for path in folder.glob("*"))
+
+
+def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
+    """MNIST's "train" or "test" images (N, 28, 28) and digits (N,), uint8.
+
+    From data/mnist.npz; without that from torchvision, which reads data/MNIST/raw or downloads it.
+    Raises UserError if that fails.
+    """
+    path = DATA / "mnist.npz"
+    if not path.exists():
+        return torchvision_mnist(part == "train")
+    try:
+        with np.load(path) as archive:
+            images, digits = archive[f"x_{part}"], archive[f"y_{part}"]
+        return torch.from_numpy(images), torch.from_numpy(digits)
+    except Exception:  # whatever damaged bytes may provoke
+        raise UserError(f"{path} is damaged: get it again with the project") from None
+
+
+def torchvision_mnist(train: bool) -> tuple[Tensor, Tensor]:
+    """The same from torchvision, as the assignment's framework has it."""
+    from torchvision.datasets import MNIST  # half a second that only this needs
+
+    raw = DATA / "MNIST" / "raw"
+    try:
+        try:
+            mnist = MNIST(DATA, train)
+        except RuntimeError:  # not there, or not all of it
+            print("Downloading MNIST", file=sys.stderr)
+            with written_whole(raw) as partial:
+                mnist = MNIST(partial, train, download=True)
+                raw.mkdir(exist_ok=True)
+                for file in Path(mnist.raw_folder).iterdir():
+                    file.replace(raw / file.name)
+                remove(partial)
+        return mnist.data, mnist.targets.to(torch.uint8)
+    except Exception as error:  # of the network, or of damaged files
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"there is no {DATA / 'mnist.npz'}, and MNIST could not be read from {raw} or "
+            f"downloaded ({reason}): put mnist.npz or MNIST's four files there, or ready .pt files "
+            "into the folder ColoredMNIST"
+        ) from None
+
+
+# What all commands share.
+
+
+class UserError(Exception):
+    """A mistake that the user can mend; the message is the one line that they see."""
+
+
+def warn(text: str) -> None:
+    """One line on standard error, as standard output is the log."""
+    print(f"{Path(sys.argv[0]).name}: warning: {text}", file=sys.stderr)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """An argument type: an int or a float within [low, high], or (low, high] with `above`."""
+    what = f"a {'whole ' if kind is int else ''}number {'above' if above else 'from'} {low}"
+    if high < math.inf:
+        what += f" to {high}"
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            high_enough = low < value if above else low <= value
+            if high_enough and value <= high and value != math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return parse
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield where to write a file or a folder; a clean exit renames it to `path`.
+
+    What killed runs of this machine left is removed. Raises UserError if anything can't be written.
+    """
+    own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    partial = path.with_name(f".{path.name}.{own}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.iterdir():
+            if is_leftover(other, path.name):
+                remove(other)
+        try:
+            yield partial
+            if partial.exists():
+                partial.replace(path)
+        finally:
+            remove(partial)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter on a full disk
+        reason = "the disk may be full" if "inline_container" in str(error) else error
+        raise UserError(f"cannot write {path}: {reason}".split("\n")[0]) from None
+
+
+def is_leftover(path: Path, name: str) -> bool:
+    """Whether a path is the partial file or folder of `name` that a killed run left here."""
+    if not (path.name.startswith(f".{name}.") and path.name.endswith(".partial")):
+        return False
+    host_and_process, _, _ = path.name.removeprefix(f".{name}.").rpartition("-")
+    host, _, process = host_and_process.rpartition("-")
+    return host == socket.gethostname() and process.isdecimal() and not is_running(int(process))
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 is only checked
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs as somebody else
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def run_command(main: Callable[[], None]) -> None:
     """Call a script's `main`; a user's mistake, Ctrl-C and a full disk end it in one line."""
     script = Path(sys.argv[0]).name
+    if hasattr(sys.stdout, "reconfigure"):  # η is not in every encoding: "?" then
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
         sys.stdout.flush()
@@ -185,14 +240,26 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.description = "Draw the three environments of ColoredMNIST."
-    for name, options in flags(draw_environments):
-        parser.add_argument(f"--{name}", **options)
+    parser = argparse.ArgumentParser(
+        description="Draw the three environments of ColoredMNIST.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, proportion = parser.add_argument, number(float, 0, 1)
+    add("--dataset_path", type=Path, default=Path("data"), help="folder of the folder ColoredMNIST")
+    add("--p_f", type=proportion, default=P_F, help="probability of flipping a label")
+    flip = "probabilities that the colour is not the label, of train1, train2 and test"
+    add("--p_e", type=proportion, nargs=3, default=P_E, help=flip)
+    sizes = "digits of train1, train2 and test, in MNIST's order"
+    add("--sizes", type=number(int, 2), nargs=3, default=SIZES, help=sizes)
+    shuffle = "shuffle the digits of train1 and train2 together before they are divided"
+    add("--shuffle_digits", action="store_true", help=shuffle)
+    add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
     args = parser.parse_args()
-    folder = args.dataset_path / "ColoredMNIST"
-    refuse(not draw_environments(**vars(args)), f"{folder} is there: delete it, or name another")
-    print(f"Drawn: {folder}")
+    if not draw_environments(**vars(args)):
+        folder = args.dataset_path / "ColoredMNIST"
+        raise UserError(f"{folder} is there: delete it, or name another --dataset_path")
+    print(f"Drawn: {args.dataset_path / 'ColoredMNIST'}")
 
 
 if __name__ == "__main__":

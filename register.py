@@ -1,4 +1,4 @@
-"""Names on the command line → classes. A plugin adds its own: `TRAINERS["VREx"] = VREx`."""
+"""Names on the command line → classes. A loss or network of one's own gets a line here."""
 
 from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO
 

@@ -1,117 +1,128 @@
-"""Train one network and test it; and the command line of all that."""
+"""Train one network, the loop over seeds, test, save and load; and the flags of all that."""
 
 import argparse
-import functools
-import runpy
-from collections.abc import Callable, Sequence
+import inspect
+import os
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
-from dataset import Dataset, Digits, load_dataset
+from dataset import Batch, Dataset, Samples, load_dataset
 from metric import metrics
 from model import Loss, Network
-from preprocessing import Amount, Count, Positive, Proportion, flags, number, refuse, written_whole
+from preprocessing import UserError, number, warn, written_whole
 from register import NETWORKS, TRAINERS
-
-run_plugin = functools.cache(runpy.run_path)  # each file once
 
 
 def train(
     network: Network,
     loss: Loss,
-    training: Digits,
-    validation: Digits | None,
+    training: Samples,
+    validation: Samples | None = None,
     *,
-    iteration: Count = 400,
-    batch_size: Count = 1024,
-    learning_rate: Positive = 1e-3,
-    weight_decay: Amount = 0.0,
-    epsilon: Positive = 1e-4,
-    max_gradient_norm: Amount = 0.1,
-    average_last: Proportion = 0.25,
-    shift: Annotated[int, number(int, 0, 13)] = 1,
-    evaluation_steps: Count = 100,
+    iteration: int = 400,
+    batch_size: int = 1024,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    steady: bool = False,
+    evaluation_steps: int = 100,
 ) -> Network:
-    """Train a network in place by Adam; returns a copy with averaged weights, in evaluation mode.
+    """Train a network in place by Adam, where the samples are; returns it in evaluation mode.
 
-    `validation` is for the log alone. Raises UserError if the objective is no longer finite.
+    The defaults are the assignment's protocol. Raises UserError if the objective isn't finite.
 
     Args:
-        iteration: minibatches per training
-        batch_size: images per minibatch
-        learning_rate: step size of Adam
+        network: its `phi` is trained, its `output_layer` is not
+        loss: what is minimised; its state, such as groupDRO's q, changes on the way
+        training: samples to train on
+        validation: samples for figures in the log, and for nothing else
+        iteration: minibatches to train on
+        batch_size: samples in a minibatch
+        learning_rate: of Adam
         weight_decay: L2 coefficient of Adam
-        epsilon: of Adam (with torch's own, 1e-8, more hidden units end up inactive on every image)
-        max_gradient_norm: longer gradients are shortened to this (Pascanu et al. 2013); 0: none are
-        average_last: last part of the steps, 0 to 1, to average weights of (Izmailov et al. 2018)
-        shift: minibatches are moved at random by up to so many pixels, 0 to 13
+        steady: average the weights of the last quarter of the steps (Izmailov et al. 2018,
+            arXiv:1803.05407), and clip gradients to a norm of 0.1 (Pascanu et al. 2013,
+            arXiv:1211.5063)
         evaluation_steps: iterations from log line to log line
     """
-    network.to(training.images.device)
-    settings = {"eps": epsilon, "weight_decay": weight_decay, "fused": True}
-    optimizer = Adam(network.parameters(), learning_rate, **settings)
-    average = AveragedModel(network)  # running mean of the last weights, which is returned
-    precision = torch.get_float32_matmul_precision()
-    first_averaged = min(iteration, iteration - round(average_last * iteration) + 1)
-    steps = tqdm(range(1, iteration + 1), disable=None, leave=False)
-    for step, batch in zip(steps, training.minibatches(batch_size, shift), strict=False):
-        network.train()
-        try:
-            torch.set_float32_matmul_precision("medium")  # products of bfloat16 (on a GPU TF32)
-            logits = network(batch.images)
-            objective = loss(logits, batch)
-            network.zero_grad()
-            objective.backward()
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        if max_gradient_norm:  # Adam would long remember IRM's first gradients
-            nn.utils.clip_grad_norm_(network.parameters(), max_gradient_norm)
+    network.to(training.images.device).train()
+    loss.to(training.images.device).train()
+    optimizer = torch.optim.Adam(
+        network.phi.parameters(), lr=learning_rate, weight_decay=weight_decay
+    )
+    average = AveragedModel(network)
+    batches = training.minibatches(batch_size)
+    for step in tqdm(range(1, iteration + 1), disable=None, leave=False):
+        batch = next(batches)
+        objective = loss(network, batch)
+        network.zero_grad()
+        objective.backward()
+        if steady:
+            nn.utils.clip_grad_norm_(network.phi.parameters(), 0.1)
         optimizer.step()
-        if step >= first_averaged:
+        if steady and step > 0.75 * iteration:
             average.update_parameters(network)
-        refuse(not objective.isfinite(), f"diverged at iteration {step}: lower --learning_rate")
+        if not objective.isfinite():
+            raise UserError(f"diverged at iteration {step}: lower {' or '.join(strengths(loss))}")
         if step % evaluation_steps == 0:
-            risks = "train1 {:.4f}, train2 {:.4f}".format(*loss.risks(logits.detach(), batch))
-            more = f"; validation {evaluate(network, validation)}" if validation else ""
-            print(f"Iteration {step}: objective {objective:.4f}; loss of {risks}{more}", flush=True)
-    update_bn(training.chunks(), average.module)
-    return average.module.eval()
+            report(step, objective, network, loss, batch, validation)
+    if steady:
+        network.load_state_dict(average.module.state_dict())
+        update_bn(training.chunks(), network)
+    loss.eval()
+    return network.eval()
 
 
-class Adam(torch.optim.Adam):
-    """torch's own, without the wrappers that import a compiler for 0.7 s and 110 MiB."""
-
-    add_param_group = torch.optim.Adam.add_param_group.__wrapped__
-    step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)
+def strengths(loss: Loss) -> list[str]:
+    """The flags that make an objective diverge if they are too high."""
+    parameters = inspect.signature(type(loss)).parameters.values()
+    return ["--learning_rate", *[f"--{p.name}" for p in parameters if type(p.default) is float]]
 
 
 @torch.no_grad()
-def predict(network: nn.Module, digits: Digits) -> Tensor:
-    """Logits (N,) of all digits, computed where the network is: a crossbar's on the CPU."""
+def report(
+    step: int,
+    objective: Tensor,
+    network: Network,
+    loss: Loss,
+    batch: Batch,
+    validation: Samples | None,
+) -> None:
+    """The log's line on the training so far: of its minibatch, and of the validation samples."""
+    network.eval()  # so that this draws no random numbers of dropout
+    train1, train2 = "–", "–"  # for an environment that the minibatch lacks
+    for e, risk in zip(loss.present(batch), loss.risks(network(batch.images), batch), strict=True):
+        if e == 0:
+            train1 = f"{risk:.4f}"
+        else:
+            train2 = f"{risk:.4f}"
+    line = f"Iteration {step}: objective {objective:.4f}; loss of train1 {train1}, train2 {train2}"
+    if validation is not None:
+        line += f"; validation {evaluate(network, validation)}"
+    print(line, flush=True)
+    network.train()
+
+
+@torch.no_grad()
+def predict(network: nn.Module, samples: Samples) -> Tensor:
+    """Logits (N,) of all samples, computed where the network is: a crossbar's on the CPU."""
     network.eval()
     device = network.output_layer.device
-    logits = torch.cat([network(batch.images.to(device)) for batch in digits.chunks()])
-    refuse(not logits.isfinite().all(), "a logit is nan or infinite; lower --learning_rate")
+    logits = torch.cat([network(batch.images.to(device)) for batch in samples.chunks()])
+    if not logits.isfinite().all():
+        raise UserError("a logit is nan or infinite: lower --learning_rate")
     return logits
 
 
-def evaluate(network: nn.Module, digits: Digits) -> dict[str, float]:
-    """Accuracy, AUC and F1_macro on all digits."""
-    return metrics(predict(network, digits), digits.labels)
-
-
-def save(network: nn.Module, args: argparse.Namespace, repetition: int, kind: str = "") -> None:
-    """Write the weights, and the arguments that they came from, to `--save_model`, if given."""
-    name = f"{args.trainer}_{args.network}{kind}_seed{args.seed}_repetition{repetition}.pt"
-    if args.save_model:
-        with written_whole(Path(args.save_model) / name) as partial:
-            torch.save({"arguments": vars(args), "state_dict": network.state_dict()}, partial)
+def evaluate(network: nn.Module, samples: Samples) -> dict[str, float]:
+    """Accuracy, AUC and F1_macro on all samples."""
+    return metrics(predict(network, samples), samples.labels)
 
 
 def load(args: argparse.Namespace) -> Dataset:
@@ -119,65 +130,194 @@ def load(args: argparse.Namespace) -> Dataset:
     if args.save_model:  # what can't be written there is said now, not after the training
         with written_whole(Path(args.save_model) / "network") as partial:
             TemporaryFile(dir=partial.parent).close()
-    device = "cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu"
+    use_gpu = torch.cuda.is_available() and not args.no_cuda
     print(f"Arguments: {vars(args)}")
-    print(f"Device: {torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}")
-    data = load_dataset(args.dataset_path, args.seed, args.grayscale, device)
+    print(f"Device: {torch.cuda.get_device_name() if use_gpu else 'CPU'}")
+    data = load_dataset(args.dataset_path, args.seed, "cuda" if use_gpu else "cpu")
     print(f"Data: {data.description}", flush=True)
+    if data.seed not in (None, args.seed):
+        warn(
+            f"seed {args.seed} trains on the data of seed {data.seed}, which stay as they were "
+            f"drawn at first; to draw them anew: rm -r {shlex.quote(str(data.folder.resolve()))}"
+        )
     return data
+
+
+def repetitions(
+    args: argparse.Namespace, data: Dataset
+) -> Iterator[tuple[int, Network, Loss, Samples, Samples | None]]:
+    """Yield (repetition, network, loss, training, validation), ready to train, of each repetition.
+
+    Each has a seed of its own: of what is held out, of the initial weights and of the training.
+    """
+    for repetition in range(1, args.repetitions + 1):
+        torch.manual_seed(1000 * args.seed + repetition - 1)
+        training, validation = data.hold_out(args.validation)
+        network, loss = build(args)
+        yield repetition, network, loss, training, validation
 
 
 def build(args: argparse.Namespace) -> tuple[Network, Loss]:
     """The network, of weights drawn anew, and the loss that the command line asks for."""
-    make_network, make_loss = NETWORKS[args.network], TRAINERS[args.trainer]
-    network = make_network(channels=1 if args.grayscale else 2, **arguments_of(make_network, args))
-    return network, make_loss(**arguments_of(make_loss, args))
+    network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
+    return network(**arguments_of(network, args)), loss(**arguments_of(loss, args))
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
-    """Those of the command line's arguments that a function or a class has a default for."""
-    return {name: getattr(args, name) for name, _ in flags(function) if name in args}
+    """Those of the command line's arguments that a function or a class takes, by their names."""
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
-def parse_arguments(
-    description: str, arguments: list[str] | None = None, functions: Sequence = (), **switches
-) -> argparse.Namespace:
-    """Parse a command line that trains; `switches` are flags without a value, and their help.
+def training_settings(args: argparse.Namespace) -> dict:
+    """Those of the command line's arguments that `train` takes."""
+    return {
+        "iteration": args.iteration,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "steady": args.steady,
+        "evaluation_steps": args.evaluation_steps,
+    }
 
-    Others are made from the signatures of `train`, `functions`, and all losses and networks.
+
+def save(
+    args: argparse.Namespace, repetition: int, network: Network, loss: Loss, data: Dataset
+) -> None:
+    """Write a trained network and all that it came from to the folder `--save_model`, if given.
+
+    A dict of the arguments, the repetition, what the data are, the network's state_dict and the
+    loss's, on the CPU. The name of the file has every setting that is not the default.
     """
-    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(description=description, add_help=False, **options)
+    if not args.save_model:
+        return
+    saved = {
+        "arguments": vars(args),
+        "repetition": repetition,
+        "data": data.form,
+        "network": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
+        "loss": {name: tensor.cpu() for name, tensor in loss.state_dict().items()},
+    }
+    with written_whole(Path(args.save_model) / file_name(args, repetition)) as partial:
+        torch.save(saved, partial)
+
+
+def file_name(args: argparse.Namespace, repetition: int) -> str:
+    """Such as IRM_MLP_reg_lambda-20.0_steady_seed1234_repetition1.pt."""
+    words = [args.trainer, args.network]
+    for name, value in settings_of_its_own(args).items():
+        if isinstance(value, (list, tuple)):
+            value = "-".join(map(str, value))
+        words.append(name if value is True else f"{name}-{value}".replace(os.sep, "-"))
+    return "_".join([*words, f"seed{args.seed}", f"repetition{repetition}.pt"])
+
+
+def settings_of_its_own(args: argparse.Namespace) -> dict:
+    """The arguments that tell a trained network from that of the default flags."""
+    settings = {}
+    for name, default in {**default_arguments(), "harden": False}.items():
+        value = getattr(args, name, default)
+        if value != default and name not in NO_SETTINGS and name not in unused_flags(args):
+            settings[name] = value
+    return settings
+
+
+def default_arguments() -> dict:
+    return vars(training_parser().parse_args([]))
+
+
+# What the name of a file has anyway, and what makes no other network.
+NO_SETTINGS = ("trainer", "network", "seed", "repetitions", "no_cuda", "save_model")
+NO_SETTINGS += ("evaluation_steps",)
+
+
+def load_model(path: str | Path) -> tuple[Network, Loss]:
+    """The network and the loss in a file of `--save_model`, on the CPU, in evaluation mode.
+
+    UserError if it can't be used.
+    """
+    network, loss, _ = load_saved(path)
+    return network, loss
+
+
+def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
+    """The same and what else is in the file: arguments, repetition and what the data were."""
+    try:
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved["arguments"] = argparse.Namespace(**saved["arguments"])
+        network, loss = build(saved["arguments"])
+        network.load_state_dict(saved["network"])
+        loss.load_state_dict(saved["loss"])
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except Exception:  # whatever a stranger's bytes may provoke
+        raise UserError(f"{path} is damaged, or no network that --save_model wrote") from None
+    return network.eval(), loss.eval(), saved
+
+
+def training_parser(description: str = "") -> argparse.ArgumentParser:
+    """All flags of a training; the defaults are the assignment's protocol."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
-    add("--plugin", metavar="FILE", help="Python file to run first, see README.md")
-    plugin = parser.parse_known_args(arguments)[0].plugin
-    if plugin:
-        refuse(not Path(plugin).is_file(), f"--plugin: there is no file {plugin}")
-        run_plugin(plugin)
-    add("--trainer", default="ERM", choices=TRAINERS, help="or a plugin's")
-    add("--network", default="MLP", choices=NETWORKS, help="or a plugin's")
-    chosen, _ = parser.parse_known_args(arguments)
-    trainer, network = TRAINERS[chosen.trainer], NETWORKS[chosen.network]
-    classes = TRAINERS | NETWORKS
-    add("-h", "--help", action="help", help="show this and exit")  # now that they are known
+    count, amount = number(int, 1), number(float, 0)
+    add("--trainer", default="ERM", choices=TRAINERS, help="how to train")
+    add("--network", default="MLP", choices=NETWORKS, help="what to train")
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
-    add("--repetitions", type=number(int, 1), default=3, help="trainings, each with its own draws")
-    add("--dataset_path", default="./data", help="folder of the folder ColoredMNIST")
-    add("--validation", type=number(float, 0, 0.9), default=0.2, help="part held out, 0 to 0.9")
-    add("--grayscale", action="store_true", help="hide the colours: the oracle")
+    add("--repetitions", type=count, default=3, help="trainings, each with its own draws")
+    path = "folder of the folder ColoredMNIST"
+    add("--dataset_path", type=os.path.normpath, default="data", help=path)
+    validation = "proportion of the training samples held out for the log, 0 to 0.9"
+    add("--validation", type=number(float, 0, 0.9), default=0.2, help=validation)
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
-    for name, text in switches.items():
-        add(f"--{name}", action="store_true", help=text)
-    used = (train, *functions, trainer, network)  # the others' flags: for --help, and for ./run.sh
-    for function in dict.fromkeys((*used, *classes.values())):
-        for name, options in flags(function):
-            try:
-                add(f"--{name}", **options)
-            except argparse.ArgumentError:
-                if function in used:
-                    parser.error(f"two arguments are called {name}: rename the plugin's")
-    own = [f"{name}: {str(cls.defaults)[1:-1]}" for name, cls in classes.items() if cls.defaults]
-    parser.epilog = f"Defaults of their own (a network's count): {'; '.join(own)}"
-    parser.set_defaults(**trainer.defaults | network.defaults)
-    return parser.parse_args(arguments)
+
+    add("--iteration", type=count, default=400, help="minibatches to train on")
+    add("--batch_size", type=count, default=1024, help="samples in a minibatch")
+    add("--learning_rate", type=number(float, 0, above=True), default=1e-3, help="of Adam")
+    add("--weight_decay", type=amount, default=0.0, help="L2 coefficient of Adam")
+    steady = "average the weights of the last quarter, and clip gradients to a norm of 0.1"
+    add("--steady", action="store_true", help=steady)
+    add("--evaluation_steps", type=count, default=100, help="iterations from log line to log line")
+
+    add("--grayscale", action="store_true", help="hide the colours: the oracle")
+    add("--hidden_dim", type=count, nargs="+", default=[64, 16], help="MLP: units of hidden layers")
+    add("--bias", action="store_true", help="MLP: give the layers biases")
+    drop_rate = "proportion of hidden units dropped while training, 0 to 0.99"
+    add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help=drop_rate)
+
+    add("--eta", type=amount, default=0.05, help="groupDRO: step size η of the weights q")
+    reg_lambda = "IRM: weight λ of the penalty; from about 1000 up, all logits become the same"
+    add("--reg_lambda", type=amount, default=50.0, help=reg_lambda)
+    adjustment = "Backdoor: fit with the log odds of each stratum, or balance labels in each"
+    add("--adjustment", default="offset", choices=("offset", "weights"), help=adjustment)
+    return parser
+
+
+def parse_arguments(description: str = "", arguments: list[str] | None = None):
+    """The arguments of a command line that trains; says which of them have no effect."""
+    args = training_parser(description).parse_args(arguments)
+    warn_of_unused(args)
+    return args
+
+
+def unused_flags(args: argparse.Namespace) -> set[str]:
+    """The flags of other trainers and networks than the chosen ones."""
+    chosen = (TRAINERS[args.trainer], NETWORKS[args.network])
+    used, of_any = set(), set()
+    for made in (*TRAINERS.values(), *NETWORKS.values()):
+        of_any.update(arguments_of(made, args))
+        if made in chosen:
+            used.update(arguments_of(made, args))
+    return of_any - used
+
+
+def warn_of_unused(args: argparse.Namespace) -> None:
+    defaults = default_arguments()
+    changed = [name for name in sorted(unused_flags(args)) if getattr(args, name) != defaults[name]]
+    if changed:
+        flags = ", ".join(f"--{name}" for name in changed)
+        warn(f"{flags}: {args.trainer} and {args.network} have no such setting; it changes nothing")
