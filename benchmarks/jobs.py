@@ -1,4 +1,4 @@
-"""What the scripts beside this one share: sweeps of jobs, trained networks, unseen digits, figures.
+"""What the scripts beside this one share: sweeps of jobs, trained networks, tables, figures.
 
 A sweep's jobs run on all cores, one thread each, or on the workers of a Dask cluster. Each result
 is kept in data/jobs, so that a sweep that was interrupted goes on where it stopped; deleting that
@@ -8,19 +8,23 @@ not used.
 
 import argparse
 import ast
+import csv
 import functools
 import hashlib
 import importlib
 import inspect
 import io
 import os
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from joblib import Memory, Parallel, cpu_count, delayed, parallel_config
@@ -29,20 +33,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dataset import Dataset, Digits, load_dataset  # noqa: E402
-from preprocessing import (  # noqa: E402
-    P_E,
-    P_F,
-    UserError,
-    color_digits,
-    draw_environments,
-    load_mnist,
-    refuse,
-    written_whole,
-)
-from trainer import arguments_of, build, parse_arguments, train  # noqa: E402
+from dataset import Dataset, Samples, load_dataset  # noqa: E402
+from model import Loss, Network  # noqa: E402
+from preprocessing import UserError, draw_environments, written_whole  # noqa: E402
+from trainer import repetitions, train, training_parser, training_settings  # noqa: E402
 
-UNSEEN_SEED = 10000  # the first that is no student number
+OUTPUT = ROOT / "data" / "figures"  # git ignores it: no run replaces a figure of the project's
 LOCK = threading.Lock()  # torch's random numbers are the process's, and Dask's workers have threads
 
 
@@ -60,6 +56,19 @@ def logic(source: str) -> bytes:
 CODE = b"".join(logic(path.read_text("utf-8")) for path in sorted(ROOT.glob("*.py")))
 
 
+def project_globals() -> dict[str, object]:
+    """What stands in the top level's modules, the entries of their dicts as well."""
+    found = {}
+    for module in ("preprocessing", "dataset", "metric", "model", "register", "trainer"):
+        for name, value in vars(sys.modules[module]).items():
+            if not name.startswith("__"):
+                found[f"{module}.{name}"] = dict(value) if isinstance(value, dict) else value
+    return found
+
+
+UNCHANGED = project_globals()
+
+
 def run_jobs(
     function: Callable, jobs: list[tuple], scheduler: str | None = None
 ) -> Iterator[tuple[tuple, object]]:
@@ -72,7 +81,7 @@ def run_jobs(
     """
     path, finished, missing = Path(inspect.getfile(function)), [], []
     for job in jobs:
-        key = (path.stem, function.__name__, version(function, *plugins(job)), repr(job))
+        key = (path.stem, function.__name__, version(function), repr(job))
         try:
             finished.append((job, kept(*key)))
         except LookupError:
@@ -92,15 +101,43 @@ def run_jobs(
             yield job, result
 
 
-def add_scheduler_flag(parser: argparse.ArgumentParser) -> None:
+def script_parser(description: str, figure: str | None = None, table: str | None = None):
+    """A script's parser, with the flags that several have.
+
+    Args:
+        description: the script's docstring
+        figure: name of the figure that it draws, if it does
+        table: name of the CSV file that it writes, if it does
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    if figure:
+        path = f"figure to write (default: data/figures/{figure}, which git ignores)"
+        add("--figure", type=Path, default=OUTPUT / figure, metavar="PNG", help=path)
+    if table:
+        path = f"table to write, row by row (default: data/figures/{table}, which git ignores)"
+        add("--table", type=Path, default=OUTPUT / table, metavar="CSV", help=path)
+        kept = "keep the rows that the table has already, whatever code made them; compute others"
+        add("--resume", action="store_true", help=kept)
     address = "compute on the workers of this Dask cluster instead of this machine's cores"
-    parser.add_argument("--scheduler", metavar="tcp://HOST:8786", help=address)
+    add("--scheduler", metavar="tcp://HOST:8786", help=address)
+    return parser
 
 
-def refuse_flags(options: list[str], *names: str) -> None:
-    """UserError if `options`, meant for exp-mnist.py, have flags that the script sets itself."""
-    ours = {f"--{name}" for name in names} & {word.split("=")[0] for word in options}
-    refuse(ours, f"{', '.join(sorted(ours))}: that is what each job sets itself")
+def training_flags(options: list[str], *ours: str) -> argparse.Namespace:
+    """What exp-mnist.py makes of the flags that a script passes on to it.
+
+    Those that it can't take end the script here, before anything is computed; UserError if there
+    are flags that the script sets itself, `ours`.
+    """
+    set_by_us = {f"--{name}" for name in ours} & {word.split("=")[0] for word in options}
+    if set_by_us:
+        raise UserError(f"{', '.join(sorted(set_by_us))}: that is what each job sets itself")
+    return training_parser().parse_args(options)
 
 
 def kept(*arguments: object) -> object:
@@ -120,34 +157,33 @@ def remember(module: str, name: str, code: str, job: str, result: object = None)
 MEMORY = Memory(ROOT / "data" / "jobs", verbose=0).cache(remember, ignore=["result"])
 
 
-def plugins(job: tuple) -> list[str]:
-    """The Python files that a job's arguments name."""
-    words = [word for part in job for word in (part if isinstance(part, tuple) else (part,))]
-    files = [word.split("=")[-1] for word in words if isinstance(word, str)]
-    return [file for file in files if file.endswith(".py") and os.path.isfile(file)]
-
-
 @functools.cache
-def version(function: Callable, *files: str) -> str:
+def version(function: Callable) -> str:
     """Of the code that a function's results depend on, as this process came to know it."""
-    files_of = dict.fromkeys(map(inspect.getfile, (function, experiment)))
-    sources = [logic(Path(path).read_text("utf-8")) for path in files_of]
-    sources += [CODE, torch.__version__.encode(), *(Path(file).read_bytes() for file in files)]
-    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+    files = dict.fromkeys(map(inspect.getfile, (function, experiment)))
+    sources = [logic(Path(path).read_text("utf-8")) for path in files]
+    return hashlib.sha256(b"\0".join([*sources, CODE, torch.__version__.encode()])).hexdigest()
 
 
 def perform(key: tuple[str, str, str, str], job: tuple) -> tuple:
     """Do a job in a worker; the function travels as its name, as a worker has no __main__ of ours.
 
-    Raises UserError if this process has read other code than the one that asks.
+    Raises UserError if this process has read other code than the one that asks, or if a script has
+    changed the project's modules in it: no job may depend on what ran before it.
     """
     module, name, code, _ = key
     with LOCK, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        torch.set_num_threads(1)
-        torch.set_float32_matmul_precision("highest")  # whatever a job before it died of
         function = getattr(importlib.import_module(module), name)
-        if version(function, *plugins(job)) != code:
+        if version(function) != code:
             raise UserError("a worker runs another version of the code: start the workers again")
+        now = project_globals()
+        changed = [name for name, value in UNCHANGED.items() if now.get(name) != value]
+        if changed:
+            raise UserError(
+                f"{', '.join(changed)}: changed in a worker by {module} or a script before it; "
+                "start the workers again"
+            )
+        torch.set_num_threads(1)
         return key, job, function(*job)
 
 
@@ -182,48 +218,105 @@ def workers(jobs: int, scheduler: str | None, folder: Path) -> Iterator[Parallel
         raise UserError(f"--scheduler {scheduler}: {reason}") from None
 
 
+class Trained(NamedTuple):
+    """A repetition of an experiment, after its training."""
+
+    repetition: int
+    data: Dataset
+    network: Network
+    loss: Loss
+    training: Samples  # what it was trained on
+    validation: Samples | None  # what was held out
+    seconds: float  # that the training took
+
+
 def experiment(
     arguments: list[str], drawing: dict | None = None, only: int | None = None
-) -> Iterator[tuple]:
-    """Yield (data, network, loss, training, validation) for each repetition, on the CPU.
+) -> Iterator[Trained]:
+    """Train as exp-mnist.py does, on the CPU, on data that the seed draws.
 
     Args:
-        arguments: as those of exp-mnist.py; the seed draws the data as well.
-        drawing: more arguments of `preprocessing.draw_environments`.
-        only: the one repetition that is wanted.
+        arguments: as those of exp-mnist.py
+        drawing: more arguments of `preprocessing.draw_environments`
+        only: the one repetition that is wanted
     """
-    args = parse_arguments("", ["--evaluation_steps", "1000000", *arguments])
-    data = fresh_data(args, drawing)
-    for repetition in [only] if only else range(1, args.repetitions + 1):
-        torch.manual_seed(1000 * args.seed + repetition - 1)
-        training, validation = data.hold_out(args.validation)
-        network, loss = build(args)
-        network = train(network, loss, training, validation, **arguments_of(train, args))
-        yield data, network, loss, training, validation
+    args = training_parser().parse_args(arguments)
+    args.evaluation_steps = args.iteration + 1  # no figures for a log that nobody reads
+    data = fresh_data(args.seed, drawing)
+    for repetition, network, loss, training, validation in repetitions(args, data):
+        if only in (None, repetition):
+            start = time.perf_counter()
+            train(network, loss, training, validation, **training_settings(args))
+            seconds = time.perf_counter() - start
+            yield Trained(repetition, data, network, loss, training, validation, seconds)
 
 
-def fresh_data(args: argparse.Namespace, drawing: dict | None = None) -> Dataset:
-    """What `--seed` draws, on the CPU; its files are deleted."""
+def fresh_data(seed: int, drawing: dict | None = None) -> Dataset:
+    """What a seed draws, on the CPU; its files are deleted."""
     with tempfile.TemporaryDirectory() as folder:
-        draw_environments(Path(folder), seed=args.seed, **drawing or {})
-        return load_dataset(folder, args.seed, args.grayscale)
+        draw_environments(Path(folder), seed=seed, **drawing or {})
+        return load_dataset(folder, seed)
 
 
-@functools.cache
-def unseen_digits(grayscale: bool = False) -> Digits:
-    """A test environment of MNIST's own 10,000 test digits, always the same.
+class Table:
+    """Rows of results in a CSV file, written as they come; a longer one is never replaced.
 
-    Nothing is trained on it, and nothing may be chosen by it.
+    Args:
+        path: the file
+        columns: name → type of its values; a row is a dict with these names
+        resume: begin with the rows that the file has
+
+    UserError if the file is there and isn't such a table.
     """
-    generator = torch.Generator().manual_seed(UNSEEN_SEED)
-    drawn = color_digits(*load_mnist("test"), P_F, P_E[2], generator)
-    images, labels, colors = drawn["images"][:, :2].contiguous(), drawn["labels"], drawn["colors"]
-    digits = Digits(images, labels.float(), colors.long(), torch.full((len(labels),), 2))
-    return digits.grayscale() if grayscale else digits
+
+    def __init__(self, path: Path, columns: dict[str, type], resume: bool = True):
+        self.path, self.columns = path, columns
+        there = self.read() if path.exists() else []
+        self.longest = len(there)
+        self.rows = there if resume else []
+
+    def read(self) -> list[dict]:
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            return [{name: kind(row[name]) for name, kind in self.columns.items()} for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"cannot read {self.path} as a table: {error!r}") from None
+
+    def expect(self, count: int) -> None:
+        """UserError if the table will be shorter than what it would replace."""
+        if count < self.longest:
+            raise UserError(
+                f"{self.path} has {self.longest} rows, and this run would have {count}: add to it "
+                "with --resume, or write another --table"
+            )
+
+    def add(self, rows: list[dict]) -> None:
+        """Write the table with more rows, in the order of its columns."""
+        self.rows += rows
+        self.rows.sort(key=lambda row: tuple(row.values()))
+        if len(self.rows) < self.longest:
+            return
+        with (
+            written_whole(self.path) as partial,
+            open(partial, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
-def save_figure(figure, path: str | Path) -> None:
+def commit() -> str:
+    """The short name of the commit that is checked out, "" where there is no git."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def save_figure(figure, path: Path) -> None:
     """Save a matplotlib figure as a PNG; the folder is made if it is missing."""
-    with written_whole(Path(path)) as partial:
+    with written_whole(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
     print(f"Figure: {path}")

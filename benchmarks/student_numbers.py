@@ -1,161 +1,185 @@
 """The distribution of accuracy over student numbers, for the two graded trainers.
 
-python benchmarks/student_numbers.py --numbers 1000
+python benchmarks/student_numbers.py --numbers 300
+python benchmarks/student_numbers.py --numbers 100 --steady --resume
 
 Each number is a fresh clone: its own draw of the data, then what `exp-mnist.py --seed NUMBER` does
-on the CPU; each network is also tested on digits that nothing was trained or chosen on. More flags
-are passed on to exp-mnist.py. Writes figures/student_numbers.csv and draws the figure beside it;
-`--from figures/student_numbers.csv` only draws, `--resume` adds to that table.
+on the CPU; each network is also tested on digits that nothing was trained or chosen on. The numbers
+are drawn at random from those that nobody had looked at when the protocol was settled. More flags
+are passed on to exp-mnist.py: with them the protocol has another name than "letter" (of the
+assignment) or "steady". Writes a table, prints what it comes to, and draws a figure of that;
+`--from TABLE` computes nothing.
 """
 
-import argparse
-import csv
 import random
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from jobs import (
-    ROOT,
-    add_scheduler_flag,
-    experiment,
-    refuse_flags,
-    run_jobs,
-    save_figure,
-    unseen_digits,
-)
+import numpy as np
+from jobs import Table, commit, experiment, run_jobs, save_figure, script_parser, training_flags
 
-from preprocessing import UserError, number, refuse, run_command, written_whole
-from trainer import evaluate, parse_arguments
+from dataset import unseen_samples
+from preprocessing import UserError, number, run_command
+from trainer import evaluate
 
 GRADED = {"groupDRO": "tab:green", "IRM": "tab:purple"}
 ENVIRONMENTS = {"test": "test environment", "unseen": "unseen digits"}
-COLUMNS = ("number", "trainer", "repetition", *ENVIRONMENTS)
+COLUMNS = {"number": int, "trainer": str, "protocol": str, "repetition": int}
+COLUMNS |= {"test": float, "unseen": float, "commit": str}
+LOOKED_AT = 1000  # the first numbers of the order in which they are drawn
 
 
 def accuracies(student_number: int, trainer: str, options: tuple[str, ...]) -> list[list[float]]:
     """Each repetition's accuracy in the test environment and on unseen digits."""
-    unseen, results = unseen_digits("--grayscale" in options), []
-    arguments = ["--trainer", trainer, *options, "--seed", str(student_number)]
-    for data, network, *_ in experiment(arguments):
-        results.append([evaluate(network, digits)["Accuracy"] for digits in (data.test, unseen)])
+    unseen, results = unseen_samples(), []
+    for trained in experiment(["--trainer", trainer, *options, "--seed", str(student_number)]):
+        tested = (trained.data.test, unseen)
+        results.append([evaluate(trained.network, samples)["Accuracy"] for samples in tested])
     return results
 
 
-def compute(count: int, options: list[str], scheduler: str | None, known: list[dict]) -> list[dict]:
-    """A row for each number, trainer and repetition, in the order of the numbers.
-
-    Numbers and trainers that have rows in `known` are not computed again.
-    """
-    numbers = random.Random(0).sample(range(10000), 10000)[:count]
-    rows = {(student, trainer): [] for student in numbers for trainer in GRADED}
-    for row in known:
-        rows.setdefault((row["number"], row["trainer"]), []).append(row)
-    jobs = [(*key, tuple(options)) for key, found in rows.items() if not found]
-    for job, results in run_jobs(accuracies, jobs, scheduler):
-        rows[job[:2]] = [
-            dict(zip(COLUMNS, (*job[:2], repetition, *values), strict=True))
-            for repetition, values in enumerate(results, 1)
-        ]
-    return [row for found in rows.values() for row in found]
+def drawn_numbers(count: int) -> list[int]:
+    """Student numbers that were not looked at before, in an order that is always the same."""
+    return random.Random(0).sample(range(10000), 10000)[LOOKED_AT:][:count]
 
 
-def read(path: Path) -> list[dict]:
-    """The rows that an earlier run wrote."""
-    try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
-        whole = {"number": int, "trainer": str, "repetition": int}
-        return [{name: whole.get(name, float)(row[name]) for name in COLUMNS} for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
+def protocol_of(options: list[str]) -> str:
+    """ "letter" or "steady", and what other flags there are."""
+    name = "steady" if "--steady" in options else "letter"
+    return " ".join([name, *[word for word in options if word != "--steady"]])
 
 
-def means(rows: list[dict], trainer: str, environment: str) -> dict[int, float]:
+def compute(
+    table: Table, numbers: list[int], options: list[str], repetitions: int, scheduler: str | None
+) -> None:
+    """Add to the table a row for each number, trainer and repetition that it lacks."""
+    protocol = protocol_of(options)
+    known = {(row["number"], row["trainer"], row["protocol"]) for row in table.rows}
+    jobs = [
+        (student, trainer, tuple(options))
+        for student in numbers
+        for trainer in GRADED
+        if (student, trainer, protocol) not in known
+    ]
+    table.expect(len(table.rows) + repetitions * len(jobs))
+    of_commit = commit()
+    for (student, trainer, _), results in run_jobs(accuracies, jobs, scheduler):
+        rows = []
+        for repetition, (test, unseen) in enumerate(results, 1):
+            values = (student, trainer, protocol, repetition, test, unseen, of_commit)
+            rows.append(dict(zip(COLUMNS, values, strict=True)))
+        table.add(rows)
+
+
+def select(rows: list[dict], trainer: str, protocol: str) -> list[dict]:
+    return [row for row in rows if (row["trainer"], row["protocol"]) == (trainer, protocol)]
+
+
+def means(rows: list[dict], environment: str) -> dict[int, float]:
     """Each number's mean accuracy over its repetitions, in %."""
     values = {}
     for row in rows:
-        if row["trainer"] == trainer:
-            values.setdefault(row["number"], []).append(100 * row[environment])
+        values.setdefault(row["number"], []).append(100 * row[environment])
     return {student: fmean(of_student) for student, of_student in values.items()}
 
 
-def report(rows: list[dict]) -> None:
+def report(rows: list[dict], protocols: list[str]) -> None:
+    """Print a table: a number's accuracy is the mean of its repetitions."""
+    print(
+        "| trainer, protocol | accuracy in | numbers | mean, % | below 60 % | worst number | "
+        "1st to 99th percentile | worst single training | standard deviation of a training |"
+    )
+    print("| --- " * 9 + "|")
     for trainer in GRADED:
-        for environment, title in ENVIRONMENTS.items():
-            values = means(rows, trainer, environment)
-            worst = min(values, key=values.get)
-            single = min(
-                (row for row in rows if row["trainer"] == trainer), key=lambda r: r[environment]
-            )
-            print(
-                f"{trainer}, {title}: {len(values)} student numbers, mean "
-                f"{fmean(values.values()):.2f} %, standard deviation {pstdev(values.values()):.2f}"
-                f", worst {values[worst]:.2f} (number {worst:04d}); worst single repetition "
-                f"{100 * single[environment]:.2f} (number {single['number']:04d})"
-            )
+        for protocol in protocols:
+            chosen = select(rows, trainer, protocol)
+            for environment, title in ENVIRONMENTS.items():
+                values = means(chosen, environment)
+                share = fmean(value < 60 for value in values.values())
+                worst = min(values, key=values.get)
+                low, high = np.percentile(list(values.values()), (1, 99))
+                singles = [100 * row[environment] for row in chosen]
+                single = chosen[singles.index(min(singles))]["number"]
+                cells = (
+                    f"{trainer}, {protocol}",
+                    title,
+                    len(values),
+                    f"{fmean(values.values()):.1f}",
+                    f"{share:.1%}",
+                    f"{values[worst]:.1f} ({worst:04d})",
+                    f"{low:.1f} to {high:.1f}",
+                    f"{min(singles):.1f} ({single:04d})",
+                    f"{pstdev(singles):.1f}",
+                )
+                print(f"| {' | '.join(map(str, cells))} |")
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(rows: list[dict], protocols: list[str], path: Path) -> None:
+    """A row of histograms for each protocol, a column for each set of tested samples."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(ENVIRONMENTS), sharex=True, sharey=True)
-    everything = {(t, e): means(rows, t, e) for t in GRADED for e in ENVIRONMENTS}
-    least = min(59, *(min(values.values()) for values in everything.values()))
-    most = max(61, *(max(values.values()) for values in everything.values()))
-    bins = [int(least) + 0.25 * step for step in range(4 * (int(most) + 1 - int(least)) + 1)]
-    for axis, (environment, title) in zip(axes, ENVIRONMENTS.items(), strict=True):
-        for height, (trainer, color) in zip((0.55, 0.3), GRADED.items(), strict=True):
-            values = everything[trainer, environment]
-            axis.hist(list(values.values()), bins, color=color, alpha=0.6)
-            worst = min(values, key=values.get)
-            axis.annotate(
-                f"{trainer}, worst number:\n{worst:04d}, {values[worst]:.1f} %",
-                (values[worst], 0),
-                (60.2, height),
-                textcoords=axis.get_xaxis_transform(),
-                color=color,
-                arrowprops={"arrowstyle": "->", "color": color, "relpos": (1, 0.5)},
-            )
-        axis.axvline(60, color="black", linestyle="--")
-        axis.text(60.2, 0.9, "60 %: full marks", transform=axis.get_xaxis_transform())
-        axis.set_title(title)
-        axis.set_xlabel("accuracy, mean of the repetitions, %")
-    axes[0].set_ylabel("student numbers")
+    figure = Figure(figsize=(9, 0.6 + 2.6 * len(protocols)), layout="constrained")
+    figure.suptitle("Accuracy of each student number, the mean of its repetitions", fontsize=11)
+    grid = figure.subplots(len(protocols), 2, sharex=True, sharey="row", squeeze=False)
+    every = [
+        means(select(rows, trainer, protocol), environment)
+        for trainer in GRADED
+        for protocol in protocols
+        for environment in ENVIRONMENTS
+    ]
+    least = min(59, *(min(values.values()) for values in every))
+    most = max(61, *(max(values.values()) for values in every))
+    bins = np.arange(int(least), int(most) + 1.1, 0.25)
+    for axes, protocol in zip(grid, protocols, strict=True):
+        for axis, (environment, title) in zip(axes, ENVIRONMENTS.items(), strict=True):
+            for height, (trainer, color) in zip((0.5, 0.2), GRADED.items(), strict=True):
+                values = means(select(rows, trainer, protocol), environment)
+                axis.hist(list(values.values()), bins, color=color, alpha=0.6, label=trainer)
+                worst = min(values, key=values.get)
+                axis.annotate(
+                    f"{trainer}, worst of {len(values)}:\nnumber {worst:04d}, "
+                    f"{values[worst]:.1f} %",
+                    (values[worst], 0),
+                    (0.02, height),
+                    textcoords="axes fraction",
+                    color=color,
+                    arrowprops={"arrowstyle": "->", "color": color},
+                )
+            axis.axvline(60, color="black", linestyle="--", label="60 %: full marks")
+            axis.set_title(f"{title}; protocol: {protocol}", fontsize=10)
+        axes[0].set_ylabel("student numbers")
+        axes[-1].legend(loc="upper left", fontsize=8)
+    for axis in grid[-1]:
+        axis.set_xlabel("accuracy, % (bars of 0.25 points)")
     save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, figures = parser.add_argument, ROOT / "figures"
-    add("--numbers", type=number(int, 1, 10000), default=100, help="how many (default: 100)")
+    parser = script_parser(__doc__, "student_numbers.png", "student_numbers.csv")
+    which = parser.add_mutually_exclusive_group()
+    add = which.add_argument
+    most = 10000 - LOOKED_AT
+    add("--numbers", type=number(int, 1, most), default=100, help="how many (default: 100)")
+    add("--only", type=number(int, 0, 9999), nargs="+", metavar="NUMBER", help="these numbers")
     add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, compute nothing")
-    add("--table", type=Path, default=figures / "student_numbers.csv", help="table to write")
-    kept = "keep the rows that the table has already, whatever code and flags made them"
-    add("--resume", action="store_true", help=kept)
-    add("--figure", type=Path, default=figures / "student_numbers.png", help="figure to write")
-    add_scheduler_flag(parser)
     args, options = parser.parse_known_args()
     if args.source:
-        rows = read(args.source)
-        both = {row["trainer"] for row in rows} == {*GRADED}
-        refuse(not both, f"{args.source} has not both trainers' rows")
+        table = Table(args.source, COLUMNS)
+        if not table.rows:
+            raise UserError(f"{args.source} is not there, or has no rows")
     else:
-        parse_arguments("", options)  # to refuse what can't be run before anything is
-        refuse_flags(options, "trainer", "seed", "dataset_path")
-        known = read(args.table) if args.resume and args.table.exists() else []
-        rows = compute(args.numbers, options, args.scheduler, known)
-        with written_whole(args.table) as partial, open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        training = training_flags(options, "trainer", "seed", "dataset_path", "grayscale")
+        table = Table(args.table, COLUMNS, args.resume)
+        numbers = list(dict.fromkeys(args.only or drawn_numbers(args.numbers)))
+        compute(table, numbers, options, training.repetitions, args.scheduler)
         print(f"Table: {args.table}")
-    report(rows)
-    draw(rows, args.figure)
+    protocols = sorted({row["protocol"] for row in table.rows})
+    for protocol in protocols:
+        for trainer in GRADED:
+            if not select(table.rows, trainer, protocol):
+                raise UserError(f"{table.path} has no rows of {trainer}, {protocol}")
+    report(table.rows, protocols)
+    draw(table.rows, protocols, args.figure)
 
 
 if __name__ == "__main__":
