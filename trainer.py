@@ -79,6 +79,37 @@ def train(
     return network.eval()
 
 
+class Watched(Loss):
+    """A loss for `train` that also calls `note(steps)` after 0, `every`, 2 `every`, ... steps.
+
+    `note` can evaluate the network as it is then. If it draws no random numbers of torch, the
+    training is the same as unwatched, bit for bit.
+
+    Args:
+        loss: what is minimised
+        every: steps from call to call
+        note: gets the number of steps done so far
+    """
+
+    def __init__(self, loss: Loss, every: int, note: Callable[[int], object]):
+        super().__init__()
+        self.loss = loss
+        self.every = every
+        self.note = note
+        self.steps = 0
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.loss.losses(logits, batch)
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        if self.training:
+            if self.steps % self.every == 0:
+                self.note(self.steps)
+                network.train()  # as `evaluate` leaves it in evaluation mode
+            self.steps += 1
+        return self.loss(network, batch)
+
+
 def strengths(loss: Loss) -> list[str]:
     """The flags that make an objective diverge if they are too high."""
     parameters = inspect.signature(type(loss)).parameters.values()
