@@ -1,50 +1,110 @@
 """Train, move the network onto a MemTorch memristor crossbar, test it again.
 
 python memristor.py --seed 1234 --trainer IRM --no_cuda
-(Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.)
+python memristor.py --load_model models/IRM_MLP_seed1234_repetition*.pt
+
+Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.
 """
 
+import argparse
 import copy
-import random
-from collections.abc import Callable
-from typing import Annotated
-from unittest import mock
+import itertools
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import update_bn
 
-import trainer
-from dataset import CHUNK, Batch, Digits, concatenate
-from metric import summarize
-from model import ERM, Network
-from preprocessing import Positive, Proportion, Seed, number, refuse, run_command
+from dataset import Batch, Dataset, Samples, concatenate
+from metric import metrics, summarize
+from model import ERM, Loss, Network
+from preprocessing import UserError, number, run_command, warn
+from trainer import (
+    default_arguments,
+    load,
+    load_saved,
+    predict,
+    repetitions,
+    save,
+    settings_of_its_own,
+    train,
+    training_parser,
+    training_settings,
+    warn_of_unused,
+)
 
 try:
-    import memtorch
+    from memtorch.bh.crossbar.Crossbar import Crossbar, Scheme
+    from memtorch.bh.memristor import VTEAM
     from memtorch.bh.nonideality.DeviceFaults import apply_device_faults
-except ImportError:
-    memtorch = None
+    from memtorch.map.Parameter import naive_map
+
+    IMPORT_ERROR = None
+except Exception as error:  # whatever one that was built for other versions may raise
+    Crossbar, IMPORT_ERROR = object, error
 
 HEADROOM = 1.25  # by which inputs may exceed those of the calibration before they are cut off
+CALIBRATION = 1000  # training samples to calibrate with, each in both colours
 HARDENING = 3  # times as long as the training before it
 
 
-def device_factory(r_on: float, r_off: float, variability: float, seed: int) -> Callable:
-    """What `patch_model` calls for each cell of a crossbar: returns a VTEAM device."""
-    prototype = memtorch.bh.memristor.VTEAM(r_off=r_off, r_on=r_on)
-    draws = random.Random(seed)
+class CellMatrix(Crossbar):
+    """MemTorch's crossbar, with its conductances in the matrix that 1T1R cells are read from.
 
-    def make_device(cell: bool = False, reference: bool = False, **_):
-        if reference or not cell or not variability:
-            return prototype  # shared, as only its resistances are read
-        device = copy.copy(prototype)
-        device.r_on = r_on * max(0.1, draws.gauss(1, variability))
-        device.r_off = max(r_off * max(0.1, draws.gauss(1, variability)), device.r_on)
-        return device
+    MemTorch writes each of them into a device object as well, one by one, which takes seconds.
+    """
 
-    return make_device
+    def update(self, from_devices: bool = True, parallelize: bool = False) -> None:
+        pass
+
+
+def program(
+    conductances: Tensor,
+    device: "VTEAM",
+    tile_shape: tuple[int, int],
+    variability: float,
+    states: int | None,
+    draws: np.random.Generator,
+) -> CellMatrix:
+    """Conductances (outputs, ...) → a crossbar of devices that are as good as that one, or vary."""
+    crossbar = CellMatrix(lambda: device, {}, conductances.shape, tuple(tile_shape))
+    if variability:
+        vary(crossbar.devices, variability, draws)
+    crossbar.write_conductance_matrix(conductances)  # within the limits of each device
+    if states:  # MemTorch's FiniteConductanceStates fails silently
+        round_conductances(crossbar, states)
+    return crossbar
+
+
+def vary(devices: np.ndarray, variability: float, draws: np.random.Generator) -> None:
+    """Put copies of the devices in their places, with r_on and r_off drawn for each.
+
+    Both are log-normal: their mean is the device's own, their standard deviation `variability`
+    times that. An r_off below its r_on becomes that r_on.
+    """
+    variance = math.log(1 + variability**2)  # of the logarithm
+    on = draws.lognormal(-variance / 2, math.sqrt(variance), devices.shape)
+    off = draws.lognormal(-variance / 2, math.sqrt(variance), devices.shape)
+    for index, device in np.ndenumerate(devices):
+        devices[index] = copy.copy(device)
+        devices[index].r_on = device.r_on * on[index]
+        devices[index].r_off = max(device.r_off * off[index], devices[index].r_on)
+
+
+def round_conductances(crossbar: CellMatrix, states: int) -> None:
+    """Round each device to the nearest of `states` conductances between its 1/r_off and 1/r_on."""
+    lowest = torch.tensor([1 / device.r_off for device in crossbar.devices.flat])
+    highest = torch.tensor([1 / device.r_on for device in crossbar.devices.flat])
+    matrix = crossbar.conductance_matrix
+    step = (highest - lowest).view(matrix.shape) / (states - 1)
+    lowest = lowest.view(matrix.shape)
+    steps = ((matrix - lowest) / step.clamp(min=1e-30)).round()  # 0 where r_off is r_on
+    crossbar.conductance_matrix = lowest + steps * step
 
 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
@@ -53,147 +113,204 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
     Its step is the power of two at which the largest of a row (..., columns of a tile) just fits.
     """
     largest = currents.abs().amax(-1, keepdim=True)
-    mantissa, exponent = torch.frexp(largest + 1e-12)
-    step = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int() + 1 - bits)
+    mantissa, exponent = torch.frexp(largest + 1e-12)  # mantissa * 2 ** exponent, from 0.5 to 1
+    exponent -= (mantissa == 0.5).int()  # 2 ** exponent is now the next power of two
+    step = torch.ldexp(torch.ones_like(mantissa), exponent + 1 - bits)
     bound = 2 ** (bits - 1)
     return currents.div_(step).add_(0.5).floor_().clamp_(-bound, bound - 1).mul_(step)
 
 
 class CrossbarLayer(nn.Module):
-    """A MemTorch layer computed tile by tile for a whole batch, with a fixed range of inputs."""
+    """A layer on a crossbar, tile by tile for a whole batch, with a fixed range of inputs.
 
-    def __init__(self, layer: nn.Module):
+    All that its outputs depend on stands in buffers, so that `state_dict` holds it, and nothing of
+    MemTorch is needed any more.
+
+    Args:
+        positive: MemTorch's crossbar of the positive weights
+        negative: that of the negative ones, of the same shape
+        kernel_size: that of a convolution, None for a fully connected layer
+        max_input_voltage: volts that the largest input becomes
+        adc_resolution: bits of each tile's ADC, None for an exact one
+    """
+
+    def __init__(
+        self,
+        positive: "Crossbar",
+        negative: "Crossbar",
+        kernel_size: tuple[int, int] | None,
+        max_input_voltage: float,
+        adc_resolution: int | None,
+    ):
         super().__init__()
-        self.layer = layer
-        positive, negative = layer.crossbars
-        self.tiles = positive.conductance_matrix - negative.conductance_matrix
-        self.grid, self.columns = positive.tiles_map.long(), positive.columns
+        self.kernel_size = kernel_size
+        add = self.register_buffer
+        # Siemens, (2, tiles, rows of a tile, columns of a tile): positive, negative.
+        matrices = [positive.conductance_matrix, negative.conductance_matrix]
+        add("conductances", torch.stack(matrices).float())
+        # Which tile stands where, (tiles above each other, tiles beside each other).
+        add("grid", positive.tiles_map.long())
+        add("max_input_voltage", torch.tensor(max_input_voltage))
+        add("adc_resolution", torch.tensor(adc_resolution or 0))
+        # What `calibrate` fits: the input that becomes max_input_voltage, and of each column the
+        # output per ampere and the output without a current.
+        add("input_range", torch.ones(()))
+        add("gain", torch.ones(positive.columns))
+        add("offset", torch.zeros(positive.columns))
 
     def rows(self, inputs: Tensor) -> Tensor:
         """Inputs as rows for the crossbar: (N, in), or (N · positions, in) of a convolution."""
-        if isinstance(self.layer, nn.Linear):
-            return inputs
-        return nn.functional.unfold(inputs, self.layer.kernel_size).transpose(1, 2).flatten(0, 1)
+        if self.kernel_size is None:
+            return inputs.flatten(0, -2)
+        return nn.functional.unfold(inputs, self.kernel_size).transpose(1, 2).flatten(0, 1)
 
     def currents(self, rows: Tensor) -> Tensor:
         """Rows (N, in) → (N, columns), as MemTorch's `tiled_inference` has one sample's."""
-        limit = self.layer.max_input_voltage
-        voltages = (rows * (limit / self.input_range)).clamp_(-limit, limit)
-        height, width = self.tiles.shape[-2:]
-        total = voltages.new_zeros(len(voltages), self.grid.shape[1], width)
-        for volts, row in zip(voltages.split(height, 1), self.grid, strict=True):
-            strip = self.tiles[row, : volts.shape[1]].transpose(0, 1).flatten(1)
-            currents = (volts @ strip).view(total.shape)
-            bits = self.layer.ADC_resolution
+        limit, bits = self.max_input_voltage, int(self.adc_resolution)
+        voltages = (rows * (limit / self.input_range)).clamp(-limit, limit)
+        tiles = self.conductances[0] - self.conductances[1]
+        height, width = tiles.shape[1:]
+        total = voltages.new_zeros(len(rows), self.grid.shape[1], width)
+        for volts, in_line in zip(voltages.split(height, 1), self.grid, strict=True):
+            conductances = tiles[in_line, : volts.shape[1]]
+            currents = torch.einsum("nr,trc->ntc", volts, conductances)
             total += quantize_currents(currents, bits) if bits else currents
-        return total.flatten(1)[:, : self.columns]
+        return total.flatten(1)[:, : len(self.gain)]
 
-    def calibrate(self, inputs: Tensor, digital_inputs: Tensor) -> None:
-        """Fix input range, gains and offsets (least squares) by inputs (N, in) or (N, C, H, W)."""
+    def calibrate(self, inputs: Tensor, wanted: Tensor) -> None:
+        """Fix range, gains and offsets (least squares) by inputs and the outputs wanted for them.
+
+        Their shapes are those of the layer, (N, in) and (N, out), or (N, channels, height, width).
+        """
         rows = self.rows(inputs)
-        wanted = self.rows(digital_inputs) @ self.layer.weight.flatten(1).T
-        self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12).item()
+        if self.kernel_size is None:
+            wanted = wanted.flatten(0, -2)
+        else:
+            wanted = wanted.movedim(1, -1).flatten(0, 2)
+        self.input_range = HEADROOM * rows.abs().max().clamp(min=1e-12)
         currents = self.currents(rows)
         centered = currents - currents.mean(0)
         variance = centered.square().mean(0)
-        covariance = (centered * wanted).mean(0)
+        covariance = (centered * (wanted - wanted.mean(0))).mean(0)
         varies = variance > 1e-12 * currents.square().mean(0)  # by more than rounding
         self.gain = torch.where(varies, covariance / variance, 0)
         self.offset = wanted.mean(0) - self.gain * currents.mean(0)
-        self.offset += 0 if self.layer.bias is None else self.layer.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """What the layer's digital forward gives, of the same shape."""
         outputs = self.currents(self.rows(inputs)) * self.gain + self.offset
-        if isinstance(self.layer, nn.Linear):
-            return outputs
-        width = inputs.shape[-1] - self.layer.kernel_size[-1] + 1
-        return outputs.unflatten(0, (len(inputs), -1)).transpose(1, 2).unflatten(2, (-1, width))
+        if self.kernel_size is None:
+            return outputs.unflatten(0, inputs.shape[:-1])
+        width = inputs.shape[-1] - self.kernel_size[1] + 1
+        return outputs.unflatten(0, (len(inputs), -1, width)).movedim(-1, 1)
 
 
 def to_crossbar(
-    network: nn.Module,
+    network: Network,
     images: Tensor,
     *,
-    tile_shape: Annotated[tuple[int, int], number(int, 1)] = (128, 128),
-    adc_resolution: Annotated[int | None, number(int, 2, 16)] = 8,
-    r_on: Positive = 1.4e4,
-    r_off: Positive = 5e7,
-    max_input_voltage: Positive = 0.3,
-    lrs_proportion: Proportion = 0.0,
-    hrs_proportion: Proportion = 0.0,
-    conductance_states: Annotated[int | None, number(int, 2)] = None,
-    device_variability: Proportion = 0.0,
-    fault_seed: Seed = 0,
-) -> nn.Module:
-    """A copy of a network whose linear and convolutional layers are memristor crossbars.
+    tile_shape: tuple[int, int] = (128, 128),
+    adc_resolution: int | None = 8,
+    r_on: float = 1.4e4,
+    r_off: float = 5e7,
+    max_input_voltage: float = 0.3,
+    lrs_proportion: float = 0.0,
+    hrs_proportion: float = 0.0,
+    conductance_states: int | None = None,
+    device_variability: float = 0.0,
+    fault_seed: int = 0,
+) -> Network:
+    """A copy of a network, on the CPU, whose layers with weights are memristor crossbars.
 
-    MemTorch builds them, of VTEAM devices; its defaults are a time series resolution of 1e-10 s,
-    the double-column scheme, naive mapping, 1T1R cells and an ADC overflow rate of 0. Raises
-    UserError without MemTorch, or where resistances or layers don't fit.
+    MemTorch builds them of VTEAM devices in 1T1R cells, in the double-column scheme with its naive
+    mapping; the ADCs' overflow rate is 0. Batch normalisation stays digital, as the linear tuning
+    after a layer does. Raises UserError without MemTorch, or where resistances or layers don't fit.
 
     Args:
-        network: its `phi` is a flat Sequential, with convolutions without stride or padding
-        images: (N, inputs), normalised, to calibrate with, such as `calibration_images`
+        network: its `phi` is a flat Sequential of what `check_network` lets pass
+        images: (N, 2 or 3, 28, 28), normalised, to calibrate with, as of `calibration_images`
         tile_shape: rows and columns of a tile
-        adc_resolution: bits of the ADC of each tile, 2 to 16 (in code also None: exact)
+        adc_resolution: bits of the ADC of each tile, 2 to 16, None for an exact one
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
         max_input_voltage: volts of 1.25 times the largest input in calibration; more is cut off
         lrs_proportion: proportion of devices stuck at r_on, 0 to 1
         hrs_proportion: proportion of devices stuck at r_off, 0 to 1; drawn for both, it is r_on
-        conductance_states: equidistant conductances that a device can have; any, if not given
-        device_variability: standard deviation of r_on and r_off between devices, relative, 0 to 1
+        conductance_states: equidistant conductances that a device can have, None for any
+        device_variability: standard deviation of r_on and r_off between devices, relative to their
+            mean, 0 to 1; both are log-normal
         fault_seed: seed of stuck devices and variability
     """
     check_devices(r_on, r_off)
-    simple = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    for layer in network.phi:
-        fits = not isinstance(layer, nn.Conv2d) or simple.items() <= vars(layer).items()
-        flat = not [*layer.children()]
-        refuse(not (fits and flat), "crossbars take a flat nn.Sequential, no stride and no padding")
+    check_network(network)
     digital = copy.deepcopy(network).cpu().eval()
     crossbar = copy.deepcopy(digital)
-    cells = device_factory(r_on, r_off, device_variability, fault_seed)
-    options = {"tile_shape": tuple(tile_shape), "ADC_resolution": adc_resolution, "verbose": False}
-    options |= {"max_input_voltage": max_input_voltage, "quant_method": adc_resolution and "linear"}
-    # 1T1R cells are read from the matrix; `update(from_devices=False)` writes them into devices.
-    with mock.patch.object(memtorch.bh.crossbar.Crossbar, "update"):
-        memtorch.mn.patch_model(crossbar, cells, {"cell": True}, [nn.Linear, nn.Conv2d], **options)
-    np.random.seed(fault_seed)  # of the generator that MemTorch draws stuck devices from
-    inputs = digital_inputs = images.cpu()
+    device = VTEAM(r_off=r_off, r_on=r_on)
+    draws = np.random.default_rng(fault_seed)
+    elsewhere = np.random.get_state()
+    np.random.seed(fault_seed)  # MemTorch draws stuck devices from NumPy's global generator
     with torch.no_grad():
-        for index, layer in enumerate(crossbar.phi):
-            if hasattr(layer, "crossbars"):
-                if conductance_states:  # MemTorch's FiniteConductanceStates fails silently
-                    for columns in layer.crossbars:
-                        round_conductances(columns, conductance_states)
-                if lrs_proportion or hrs_proportion:
-                    apply_device_faults(layer, lrs_proportion, hrs_proportion, 0.0)
-                layer = crossbar.phi[index] = CrossbarLayer(layer)
-                layer.calibrate(inputs, digital_inputs)
-            inputs, digital_inputs = layer(inputs), digital.phi[index](digital_inputs)
+        inputs = digital.channels(images.cpu()).clone()
+        digital_inputs = inputs.clone()
+        for index, layer in enumerate(digital.phi):
+            wanted = layer(digital_inputs)
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                pair = [
+                    program(part, device, tile_shape, device_variability, conductance_states, draws)
+                    for part in naive_map(layer.weight, r_on, r_off, Scheme.DoubleColumn)
+                ]
+                if lrs_proportion or hrs_proportion:  # of a layer it looks at `crossbars` alone
+                    holder = SimpleNamespace(crossbars=pair)
+                    apply_device_faults(holder, lrs_proportion, hrs_proportion, 0.0)
+                kernel_size = getattr(layer, "kernel_size", None)
+                moved = CrossbarLayer(*pair, kernel_size, max_input_voltage, adc_resolution)
+                moved.calibrate(inputs, wanted)
+                crossbar.phi[index] = moved
+            inputs, digital_inputs = crossbar.phi[index](inputs), wanted
+    np.random.set_state(elsewhere)
     return crossbar.eval()
 
 
-def calibration_images(training: Digits) -> Tensor:
-    """The first training images, up to 1000, in both colours: no gain is fitted to a colour."""
-    some = training[torch.arange(min(CHUNK // 2, len(training)))]
-    return next(concatenate([some, some.recolored()]).chunks()).images
+def calibration_images(training: Samples) -> Tensor:
+    """The first 1000 training images in both colours, (2000, 2, 28, 28), normalised.
+
+    In both, so that no gain is fitted to a colour. Fewer if there are fewer.
+    """
+    some = training[:CALIBRATION]
+    return concatenate([some, some.recolored()]).batch().images
 
 
 def check_devices(r_on: float, r_off: float) -> None:
     """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
-    refuse(memtorch is None, "MemTorch is not installed: run ./run.sh, or see README.md")
-    refuse(r_on >= r_off, f"--r_on {r_on} is not below --r_off {r_off}")
+    if IMPORT_ERROR is not None:
+        reason = str(IMPORT_ERROR).split("\n")[0] or type(IMPORT_ERROR).__name__
+        raise UserError(f"MemTorch can't be imported ({reason}): run ./run.sh, or see README.md")
+    if r_on >= r_off:
+        raise UserError(f"--r_on {r_on} is not below --r_off {r_off}")
 
 
-def round_conductances(crossbar, states: int) -> None:
-    """Round each device to the nearest of `states` conductances between its 1/r_off and 1/r_on."""
-    limits = np.vectorize(lambda device: (1 / device.r_off, 1 / device.r_on))(crossbar.devices)
-    lowest, highest = map(torch.from_numpy, limits)
-    width = (highest - lowest).clamp(min=1e-30)  # 0 where a device's r_off is its r_on
-    steps = ((crossbar.conductance_matrix - lowest) / width * (states - 1)).round()
-    crossbar.conductance_matrix = (lowest + steps / (states - 1) * width).float()
+def check_network(network: Network) -> None:
+    """Raise UserError if a network has weights that crossbars can't take.
+
+    They take nn.Linear, and nn.Conv2d without stride, padding, dilation and groups. Batch
+    normalisation is computed digitally, and so is what has no weights. Everything else that has
+    weights, a class derived from these two as well, is refused, wherever it stands.
+    """
+    names = [name for name in network.state_dict() if not name.startswith("phi.")]
+    if names != ["output_layer"] or not isinstance(network.phi, nn.Sequential):
+        raise UserError("crossbars take a network whose weights are all in `phi`, an nn.Sequential")
+    for index, layer in enumerate(network.phi):
+        if type(layer) is nn.Conv2d:
+            plain = layer.stride == (1, 1) and layer.padding == (0, 0)
+            fits = plain and layer.dilation == (1, 1) and layer.groups == 1
+        else:
+            digital = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
+            fits = type(layer) in digital or not layer.state_dict()
+        if not fits:
+            raise UserError(
+                f"crossbars can't take phi[{index}], {type(layer).__name__}: of layers with weights"
+                " they take nn.Linear, and nn.Conv2d without stride, padding, dilation and groups"
+            )
 
 
 class StuckDevices(nn.Module):
@@ -223,10 +340,20 @@ class StuckDevices(nn.Module):
 
 
 class Imitation(ERM):
-    """Cross entropy against a network's decisions (after Hinton et al. 2015): no label noise."""
+    """ERM with a network's decisions as labels (after Hinton et al. 2015): no label noise.
+
+    Args:
+        teacher: the network, in evaluation mode all the time
+    """
 
     def __init__(self, teacher: Network):
+        super().__init__()
         self.teacher = teacher.eval()
+
+    def train(self, mode: bool = True) -> "Imitation":
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         with torch.no_grad():
@@ -234,48 +361,218 @@ class Imitation(ERM):
         return super().losses(logits, batch._replace(labels=decisions.float()))
 
 
-def harden(network: Network, training: Digits, iteration: int, **options) -> Network:
+def harden(network: Network, training: Samples, **settings) -> Network:
     """A copy of a trained network that decides as it does whether or not devices are stuck.
 
-    Trained as before on `training` in both colours, `HARDENING` times as long, no weight decay.
+    Trained on `training` in both colours by `trainer.train` with its `settings`, but `HARDENING`
+    times as long and without weight decay. Raises UserError where `check_network` does.
     """
-    options |= {"iteration": HARDENING * iteration, "weight_decay": 0.0}
-    print(f"Hardening: {options['iteration']} iterations, the loss is that against its decisions")
+    check_network(network)
+    settings["iteration"] = HARDENING * settings.get("iteration", 400)
+    settings["weight_decay"] = 0.0
+    print(f"Hardening: {settings['iteration']} iterations, the loss is that against its decisions")
     hardened = copy.deepcopy(network)
     for layer in hardened.phi:
         # A single weight is its layer's largest anyway, and has no standard deviation.
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.numel() > 1:
-            nn.utils.parametrize.register_parametrization(layer, "weight", StuckDevices())
+            parametrize.register_parametrization(layer, "weight", StuckDevices())
     both_colors = concatenate([training, training.recolored()])
-    hardened = trainer.train(hardened, Imitation(network), both_colors, None, **options)
-    for layer in filter(nn.utils.parametrize.is_parametrized, hardened.phi):
-        nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    train(hardened, Imitation(copy.deepcopy(network)), both_colors, **settings)
+    for layer in hardened.phi:
+        if parametrize.is_parametrized(layer):
+            parametrize.remove_parametrizations(layer, "weight")
     update_bn(both_colors.chunks(), hardened)  # of sound devices
     return hardened.eval()
 
 
-def main() -> None:
-    more = {"harden": f"train on for broken devices, {HARDENING} times as long"}
-    args = trainer.parse_arguments(__doc__.split("\n")[0], functions=[to_crossbar], **more)
-    check_devices(args.r_on, args.r_off)
-    data = trainer.load(args)
-    digital, on_crossbar = [], []
-    for repetition in range(1, args.repetitions + 1):
+def memristor_parser() -> argparse.ArgumentParser:
+    """All flags of a training, and those of the crossbar; defaults are those of `to_crossbar`."""
+    parser = training_parser("Train, move the network onto a memristor crossbar, test it again.")
+    add, above_0, proportion = (
+        parser.add_argument,
+        number(float, 0, above=True),
+        number(float, 0, 1),
+    )
+    saved = "move networks that --save_model saved onto crossbars, in place of training"
+    add("--load_model", nargs="+", metavar="FILE", help=saved)
+    hardening = f"train on for broken devices, {HARDENING} times as long"
+    add("--harden", action="store_true", help=hardening)
+
+    tile = number(int, 1, 1024)
+    add("--tile_shape", type=tile, nargs=2, default=(128, 128), help="rows and columns of a tile")
+    bits = "bits of the ADC of each tile, 2 to 16"
+    add("--adc_resolution", type=number(int, 2, 16), default=8, help=bits)
+    add("--r_on", type=above_0, default=1.4e4, help="lowest resistance of a device, ohms")
+    add("--r_off", type=above_0, default=5e7, help="highest resistance of a device, ohms")
+    volts = "volts of 1.25 times the largest input in calibration; more is cut off"
+    add("--max_input_voltage", type=above_0, default=0.3, help=volts)
+    lrs = "proportion of devices stuck at r_on, 0 to 1"
+    add("--lrs_proportion", type=proportion, default=0.0, help=lrs)
+    hrs = "proportion of devices stuck at r_off, 0 to 1; drawn for both, it is r_on"
+    add("--hrs_proportion", type=proportion, default=0.0, help=hrs)
+    states = "equidistant conductances that a device can have; any, if not given"
+    add("--conductance_states", type=number(int, 2), help=states)
+    variability = "standard deviation of r_on and r_off between devices, relative, 0 to 1"
+    add("--device_variability", type=proportion, default=0.0, help=variability)
+    fault_seed = "seed of stuck devices and variability"
+    add("--fault_seed", type=number(int, 0, 2**32 - 1), default=0, help=fault_seed)
+    return parser
+
+
+def crossbar_settings(args: argparse.Namespace) -> dict:
+    """Those of the command line's arguments that `to_crossbar` takes."""
+    return {
+        "tile_shape": tuple(args.tile_shape),
+        "adc_resolution": args.adc_resolution,
+        "r_on": args.r_on,
+        "r_off": args.r_off,
+        "max_input_voltage": args.max_input_voltage,
+        "lrs_proportion": args.lrs_proportion,
+        "hrs_proportion": args.hrs_proportion,
+        "conductance_states": args.conductance_states,
+        "device_variability": args.device_variability,
+        "fault_seed": args.fault_seed,
+    }
+
+
+def seed_repetition(args: argparse.Namespace, repetition: int) -> None:
+    """Seed as `trainer.repetitions` does, so that what follows doesn't depend on what was before.
+
+    A loaded network gets the hold-out of its training, and is hardened as right after it.
+    """
+    torch.manual_seed(1000 * args.seed + repetition - 1)
+
+
+def trained(
+    args: argparse.Namespace, data: Dataset
+) -> Iterator[tuple[int, Network, Loss, Samples]]:
+    """Yield (repetition, network, loss, training samples), trained and hardened if asked for."""
+    for repetition, network, loss, training, validation in repetitions(args, data):
         print(f"Repetition {repetition} of {args.repetitions}")
-        torch.manual_seed(1000 * args.seed + repetition - 1)
-        training, validation = data.hold_out(args.validation)
-        network, loss = trainer.build(args)
-        options = trainer.arguments_of(trainer.train, args)
-        network = trainer.train(network, loss, training, validation, **options)
+        check_network(network)
+        train(network, loss, training, validation, **training_settings(args))
         if args.harden:
-            network = harden(network, training, **options)
-        digital.append(trainer.evaluate(network, data.test))
-        trainer.save(network, args, repetition, "_hardened" if args.harden else "")
-        print(f"Test result: {digital[-1]}")
-        images = calibration_images(training)
-        crossbar = to_crossbar(network, images, **trainer.arguments_of(to_crossbar, args))
-        on_crossbar.append(trainer.evaluate(crossbar, data.test))
-        print(f"Crossbar test result: {on_crossbar[-1]}", flush=True)
+            seed_repetition(args, repetition)
+            network = harden(network, training, **training_settings(args))
+        yield repetition, network, loss, training
+
+
+class Saved(NamedTuple):
+    """A file of `--save_model`."""
+
+    path: str
+    network: Network
+    loss: Loss
+    repetition: int
+    arguments: argparse.Namespace
+    data: str  # what the data were
+
+    @property
+    def hardened(self) -> bool:
+        return getattr(self.arguments, "harden", False)  # exp-mnist.py has no such flag
+
+    @property
+    def settings(self) -> dict:
+        """What all networks of a Summary have in common."""
+        chosen = {name: getattr(self.arguments, name) for name in ("trainer", "network", "seed")}
+        return {**chosen, **settings_of_its_own(self.arguments), "data": self.data}
+
+
+def read_networks(paths: list[str]) -> list[Saved]:
+    """Saved networks in the order of their repetitions; UserError if they don't go together."""
+    files = []
+    for path in paths:
+        network, loss, saved = load_saved(path)
+        check_network(network)
+        files.append(
+            Saved(path, network, loss, saved["repetition"], saved["arguments"], saved["data"])
+        )
+    files.sort(key=lambda file: file.repetition)
+    for previous, file in itertools.pairwise(files):
+        ours, theirs = file.settings, previous.settings
+        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+        if names:
+            raise UserError(
+                f"{previous.path} and {file.path} differ in {', '.join(names)}, and a Summary is "
+                "of one setting: call this once for each"
+            )
+        if file.repetition == previous.repetition:
+            raise UserError(f"{previous.path} and {file.path} are the same repetition's")
+    return files
+
+
+# Flags that count beside --load_model, as they have no part in what was trained.
+BESIDE_FILES = ("dataset_path", "no_cuda", "evaluation_steps", "save_model")
+
+
+def arguments_beside(files: list[Saved]) -> argparse.Namespace:
+    """The command line's arguments, but those of the training as they are in the files."""
+    of_files = {"repetitions": len(files)}
+    for name, value in vars(files[0].arguments).items():
+        if name in default_arguments() and name not in ("repetitions", "save_model"):
+            of_files[name] = value
+    # What isn't given stays as it is in the namespace: so this tells what is given.
+    args = memristor_parser().parse_args(namespace=argparse.Namespace(**of_files))
+    ignored = []
+    for name, value in of_files.items():
+        if name not in BESIDE_FILES and getattr(args, name) != value:
+            ignored.append(f"--{name}")
+            setattr(args, name, value)
+    if ignored:
+        warn(f"{', '.join(sorted(ignored))}: what the files say counts, not what was given beside")
+    if files[0].hardened and args.harden:
+        warn("--harden: these networks were saved hardened, and stay as they are")
+    args.harden = args.harden or files[0].hardened
+    return args
+
+
+def loaded(
+    args: argparse.Namespace, data: Dataset, files: list[Saved]
+) -> Iterator[tuple[int, Network, Loss, Samples]]:
+    """Yield what `trained` does, of saved networks."""
+    if data.form != files[0].data:
+        warn(f"the networks were trained on other data than these: {files[0].data}")
+    for position, file in enumerate(files, 1):
+        print(f"Repetition {position} of {len(files)}")
+        print(f"Loaded: {file.path}")
+        seed_repetition(args, file.repetition)
+        training, _ = data.hold_out(args.validation)
+        network = file.network.to(training.images.device)
+        if args.harden and not file.hardened:
+            seed_repetition(args, file.repetition)
+            network = harden(network, training, **training_settings(args))
+        yield file.repetition, network, file.loss, training
+
+
+def result(network: Network, test: Samples, name: str) -> dict[str, float]:
+    """The test's metrics, printed as a line of the log."""
+    logits = predict(network, test)
+    metrics_of_test = metrics(logits, test.labels)
+    print(f"{name}: {metrics_of_test}", flush=True)
+    if (logits > 0).unique().numel() == 1:
+        warn(f"{name}: alike on all test images, a constant predictor")
+    return metrics_of_test
+
+
+def main() -> None:
+    args = memristor_parser().parse_args()
+    check_devices(args.r_on, args.r_off)
+    if args.load_model:
+        files = read_networks(args.load_model)
+        args = arguments_beside(files)
+        data = load(args)
+        networks = loaded(args, data, files)
+    else:
+        warn_of_unused(args)
+        data = load(args)
+        networks = trained(args, data)
+
+    digital, on_crossbar = [], []
+    for repetition, network, loss, training in networks:
+        save(args, repetition, network, loss, data)
+        digital.append(result(network, data.test, "Test result"))
+        crossbar = to_crossbar(network, calibration_images(training), **crossbar_settings(args))
+        on_crossbar.append(result(crossbar, data.test, "Crossbar test result"))
     print(f"Digital: {summarize(digital)}")
     print(f"Summary: {summarize(on_crossbar)}")
 
