@@ -1,12 +1,24 @@
 """The environments that are drawn, and where their digits come from."""
 
+import ast
+import functools
+import gzip
+import hashlib
+import http.server
+import inspect
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_one_line, assert_refused, same
+from torchvision.datasets import MNIST
 
+import dataset
 import preprocessing
-from dataset import ColoredMNIST, load_dataset
+from dataset import ColoredMNIST, load_dataset, unseen_samples
 from preprocessing import UserError, color_digits, draw_environments, load_mnist
 
 
@@ -36,10 +48,12 @@ def test_certain_flips(p_f, p_e):
     expected = (torch.arange(10) >= 5) ^ bool(p_f)
     assert torch.equal(record["labels"].bool(), expected)
     assert torch.equal(record["colors"].bool(), expected ^ bool(p_e))
+    for color, image in zip(record["colors"].tolist(), record["images"], strict=True):
+        assert image[1 - color].all() and not image[color].any() and not image[2].any()
 
 
-def grey(digits):
-    return digits.images.amax(1)
+def grey(samples):
+    return samples.images.amax(1)
 
 
 def test_drawn_once_and_anew_when_deleted(tmp_path):
@@ -95,7 +109,10 @@ def test_command_draws_what_it_is_asked_for(in_process, tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     assert str(tmp_path / "ColoredMNIST") in result.stdout
     data = load_dataset(tmp_path)
-    assert "p_f 0.25, p_e [0.2, 0.1, 0.9], shuffle_digits false, seed 5" in data.description
+    drawn = "drawn with p_f 0.25, p_e [0.2, 0.1, 0.9], sizes [2000, 2000, 2000], "
+    assert f"{drawn}shuffle_digits false, seed 5" in data.description
+    flipped = (data.training.labels != (load_mnist()[1][:4000] >= 5)).float().mean()
+    assert abs(flipped - 0.25) < 0.03
     # Three standard deviations of a proportion among 2000 are 0.034 at most.
     agree = (data.training.colors == data.training.labels).float().split(2000)
     assert abs(agree[0].mean() - 0.8) < 0.034 and abs(agree[1].mean() - 0.9) < 0.034
@@ -135,9 +152,9 @@ def test_nonsense_is_refused(in_process, tmp_path, arguments, words):
 
 
 def test_dataset_interface(dataset_path):
-    dataset = ColoredMNIST(root=dataset_path, env="train2")
-    image, target, color = dataset[5]
-    assert len(dataset) == 20000 and image.mode == "RGB" and image.size == (28, 28)
+    train2 = ColoredMNIST(root=dataset_path, env="train2")
+    image, target, color = train2[5]
+    assert len(train2) == 20000 and image.mode == "RGB" and image.size == (28, 28)
     pixels = np.asarray(image)
     assert pixels[..., 1 - color].any() and not pixels[..., color].any()
     record = torch.load(dataset_path / "ColoredMNIST" / "train2.pt", weights_only=True)
@@ -163,18 +180,197 @@ def test_both_parts_of_mnist(mnist, tmp_path):
         assert np.array_equal(unseen.numpy(), archive["x_test"])
 
 
-def test_digits_that_are_missing_or_damaged_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocessing, "MNIST", tmp_path / "mnist.npz")
-    with pytest.raises(UserError, match="mnist.npz is missing or damaged"):
-        load_dataset(tmp_path)
-    whole = preprocessing.Path(ROOT / "data" / "mnist.npz").read_bytes()
+def test_damaged_digits_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(preprocessing, "DATA", tmp_path)
+    whole = (ROOT / "data" / "mnist.npz").read_bytes()
     damaged = bytearray(whole)
     damaged[len(whole) // 2] ^= 1
-    for content in (whole[: len(whole) // 2], damaged):
+    for content in (whole[: len(whole) // 2], damaged, b""):
         (tmp_path / "mnist.npz").write_bytes(content)
-        with pytest.raises(UserError, match="mnist.npz is missing or damaged"):
+        with pytest.raises(UserError, match="mnist.npz is damaged"):
             load_dataset(tmp_path)
     assert not (tmp_path / "ColoredMNIST").exists()
+
+
+RAW = {
+    "train-images-idx3-ubyte": ("x_train", 300),
+    "train-labels-idx1-ubyte": ("y_train", 300),
+    "t10k-images-idx3-ubyte": ("x_test", 200),
+    "t10k-labels-idx1-ubyte": ("y_test", 200),
+}
+
+
+@pytest.fixture(scope="session")
+def raw_files(tmp_path_factory):
+    """MNIST as it is published, in four files, of a few hundred digits, and packed by gzip."""
+    folder = tmp_path_factory.mktemp("raw")
+    with np.load(ROOT / "data" / "mnist.npz") as archive:
+        for name, (key, count) in RAW.items():
+            values = archive[key][:count]
+            header = bytes([0, 0, 8, values.ndim])  # 8 is for bytes
+            header += b"".join(size.to_bytes(4, "big") for size in values.shape)
+            (folder / name).write_bytes(header + values.tobytes())
+            (folder / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes(), 1))
+    return folder
+
+
+@pytest.fixture
+def without_npz(tmp_path, monkeypatch):
+    """The project's folder data without mnist.npz, on a machine without a network."""
+    monkeypatch.setattr(preprocessing, "DATA", tmp_path / "data")
+    monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
+    return tmp_path / "data"
+
+
+def assert_same_digits(part, key, count):
+    images, digits = load_mnist(part)
+    with np.load(ROOT / "data" / "mnist.npz") as archive:
+        assert np.array_equal(images.numpy(), archive[f"x_{key}"][:count])
+        assert np.array_equal(digits.numpy(), archive[f"y_{key}"][:count])
+    assert images.dtype == digits.dtype == torch.uint8
+
+
+def put(folder, raw_files, names=tuple(RAW)):
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    for name in names:
+        shutil.copy(raw_files / name, folder / "MNIST" / "raw")
+
+
+def test_mnists_own_files_are_read(without_npz, raw_files, in_process, tmp_path):
+    """Where there is no mnist.npz; the environments are the same, bit for bit."""
+    put(without_npz, raw_files)
+    assert_same_digits("train", "train", 300)
+    assert_same_digits("test", "test", 200)
+    asked = ("--sizes", 100, 100, 100, "--seed", 5)
+    assert in_process("preprocessing.py", "--dataset_path", tmp_path, *asked).returncode == 0
+    (without_npz / "mnist.npz").symlink_to(ROOT / "data" / "mnist.npz")
+    draw_environments(tmp_path / "again", sizes=(100, 100, 100), seed=5)
+    for name in ("train1.pt", "train2.pt", "test.pt"):
+        ours, theirs = tmp_path / "ColoredMNIST" / name, tmp_path / "again" / "ColoredMNIST" / name
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.fixture
+def mirror(raw_files, monkeypatch):
+    """A server on this machine that has them, as torchvision's mirrors do."""
+
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): ...
+
+    handler = functools.partial(Silent, directory=raw_files)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_mnist_is_downloaded(without_npz, raw_files, mirror, monkeypatch, capsys):
+    """Once: into data/MNIST/raw, where it is read from then on."""
+    monkeypatch.setattr(MNIST, "mirrors", [mirror])
+    packed = [(f"{name}.gz", (raw_files / f"{name}.gz").read_bytes()) for name in RAW]
+    sums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed]
+    monkeypatch.setattr(MNIST, "resources", sums)
+    assert_same_digits("test", "test", 200)
+    assert "Downloading MNIST" in capsys.readouterr().err
+    monkeypatch.setattr(MNIST, "mirrors", [])
+    assert_same_digits("train", "train", 300)
+    assert "Downloading" not in capsys.readouterr().err
+    raw = without_npz / "MNIST" / "raw"
+    assert {path.name.removesuffix(".gz") for path in raw.iterdir()} == set(RAW)
+    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
+
+
+@pytest.mark.parametrize("there", [(), tuple(RAW)[:3], tuple(RAW)[1:]])
+def test_without_digits_one_line_says_what_to_do(
+    without_npz, raw_files, in_process, tmp_path, there
+):
+    if there:
+        put(without_npz, raw_files, there)
+    result = in_process("exp-mnist.py", "--dataset_path", tmp_path / "new", "--no_cuda")
+    assert result.returncode == 1
+    *progress, line = result.stderr.splitlines()
+    assert progress == ["Downloading MNIST"]
+    for words in (without_npz / "mnist.npz", without_npz / "MNIST" / "raw", "put mnist.npz", ".pt"):
+        assert str(words) in line
+    assert not (tmp_path / "new" / "ColoredMNIST").exists()
+    left = [path.name for path in without_npz.rglob("*") if path.is_file()]
+    assert sorted(left) == sorted(there)
+
+
+def test_damaged_files_of_mnist_are_named(without_npz, raw_files, tmp_path):
+    put(without_npz, raw_files)
+    path = without_npz / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    whole = path.read_bytes()
+    for damaged in (whole[:1000], b"", b"\7" * 1000):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="put mnist.npz") as error:
+            load_dataset(tmp_path / "new")
+        assert "\n" not in str(error.value) and str(path.parent) in str(error.value)
+
+
+def test_ready_files_need_no_mnist(without_npz, small_files):
+    assert len(load_dataset(small_files.parent).test) == 60
+
+
+@pytest.mark.parametrize("module", [preprocessing, dataset])
+def test_torchvision_is_imported_only_where_it_is_needed(module):
+    """A training with mnist.npz or ready files starts half a second sooner."""
+    at_the_top = [node for node in ast.parse(inspect.getsource(module)).body]
+    imports = [ast.unparse(node) for node in at_the_top if "import" in type(node).__name__.lower()]
+    assert len(imports) > 5 and not [line for line in imports if "torchvision" in line]
+
+
+def test_hidden_files_are_no_data(tmp_path):
+    """Such as the one that keeps an empty folder in a repository; it stays."""
+    folder = tmp_path / "ColoredMNIST"
+    folder.mkdir()
+    for name in (".gitkeep", ".DS_Store", "._train1.pt"):
+        (folder / name).write_bytes(b"hidden")
+    assert draw_environments(tmp_path, sizes=(60, 60, 60))
+    assert (folder / ".gitkeep").read_bytes() == b"hidden"
+    assert len(load_dataset(tmp_path).test) == 60
+    assert not draw_environments(tmp_path, sizes=(60, 60, 60))
+    assert {path.name for path in tmp_path.iterdir()} == {"ColoredMNIST", ".lock"}
+
+
+def test_drawn_now_is_said_once(tmp_path):
+    draw_environments(tmp_path / "other", sizes=(60, 60, 60), seed=1)
+    assert "drawn with" in load_dataset(tmp_path / "other").description
+    data = load_dataset(tmp_path, seed=9)
+    drawn = "p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], shuffle_digits false"
+    folder = tmp_path / "ColoredMNIST"
+    assert data.description == f"{folder}, drawn now with {drawn}, seed 9"
+    assert data.seed == 9
+    again = load_dataset(tmp_path, seed=10)
+    assert again.description == f"{folder}, drawn with {drawn}, seed 9" and again.seed == 9
+
+
+def test_unseen_samples_are_of_the_test_environment(data):
+    """MNIST's own test digits, coloured as those of `test` are, always the same."""
+    unseen = unseen_samples()
+    images, digits = load_mnist("test")
+    assert torch.equal(grey(unseen), images) and unseen.envs.eq(2).all() and len(unseen) == 10000
+    assert [unseen.images.dtype, unseen.labels.dtype] == [torch.uint8, torch.float32]
+    # Three standard deviations of a proportion among 10,000 are 0.015 at most.
+    assert abs((unseen.labels != (digits >= 5)).float().mean() - 0.2) < 0.015
+    assert abs((unseen.colors != unseen.labels).float().mean() - 0.9) < 0.015
+    other_color = unseen.images[torch.arange(10000), unseen.colors]
+    assert not other_color.any()
+    assert same(unseen_samples(), unseen)
+
+
+def test_partial_files_have_names_of_their_own(tmp_path):
+    """Of many threads that write one name at once none fails, and the file is one of theirs."""
+
+    def write(content):
+        with preprocessing.written_whole(tmp_path / "file") as partial:
+            partial.write_text(content)
+
+    with ThreadPoolExecutor(8) as threads:
+        assert len([*threads.map(write, map(str, range(300)))]) == 300
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert int((tmp_path / "file").read_text()) in range(300)
 
 
 def test_the_folder_around_may_have_the_same_name(tmp_path):
