@@ -1,93 +1,180 @@
 #!/usr/bin/env bash
-# ./run.sh [--no_cuda ...]   run every experiment, write its log, print the table of results
-# ./run.sh test [...]        run the test suite
-# Both first set up .venv where that has not been done. Arguments go to both exp-mnist.py and
-# memristor.py, or to pytest.
+# ./run.sh [--no_cuda ...]    run every experiment, write its log, print the table of results
+# ./run.sh test [...]         run the test suite
+# Arguments go to exp-mnist.py, or to pytest. Variables that may stand before the command:
+#   SEED=2024          in place of the seed below
+#   LOGS=folder        where logs and networks go (else here, and to data/models)
+#   PYTHON=.../python  a Python that has torch, to be used as it is (else .venv is made)
+# and pip's own, for making .venv, such as PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
 set -euo pipefail
-cd "$(dirname "$0")"
+trap 'exit 130' INT
+CDPATH='' cd -- "$(dirname -- "$0")"
 
 seed=1234 # the last four digits of your student number
 seed=${SEED:-$seed}
 
-memtorch=memtorch-cpu==1.1.6
-python=.venv/bin/python
+memtorch="memtorch-cpu==1.1.6"
+python=${PYTHON:-.venv/bin/python}
+apt_install="Debian, Ubuntu: apt install"
 
 say() { echo "run.sh: $*" >&2; }
 
-quietly() { # run a command, showing its output only if it fails
-    "$@" >>.venv/setup.log 2>&1 || { tail -n 15 .venv/setup.log >&2; return 1; }
+quoted() { printf ' %q' "$@"; } # words as they can be pasted into a shell
+
+imports() { # MODULE...: whether Python can import them; if not, $reason is its last line on why
+    local modules="$*"
+    reason=$("$python" -W ignore -c "import ${modules// /, }" 2>&1) && return
+    reason=${reason##*$'\n'}
+    return 1
+}
+
+right_version() { # PYTHON: whether the packages are to be had for it
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))'
+}
+
+watched() { # COMMAND...: say every 15 s how far it is, and how it ended, if it failed
+    local log=.venv/setup.log start=$SECONDS status=0 watcher
+    while sleep 15 >/dev/null 2>&1 && kill -0 $$; do # as long as run.sh runs
+        say "  $((SECONDS - start)) s, .venv has $(du -sm .venv | cut -f 1) MB:" \
+            "$(tail -n 1 $log | cut -c 1-70)"
+    done &
+    watcher=$!
+    "$@" >$log 2>&1 || status=$?
+    { kill $watcher && wait $watcher; } 2>/dev/null || true
+    [ $status -eq 0 ] || tail -n 15 $log >&2
+    return $status
+}
+
+check_python() { # the user's own, into which nothing is installed; $1 is test or nothing
+    local needed=(torch torchvision numpy scikit-learn tqdm filelock) package missing=() reasons=""
+    if [ "${1:-}" = test ]; then needed+=(pytest); fi
+    right_version "$python" || { say "PYTHON=$python is not Python 3.10 to 3.14"; exit 1; }
+    imports "${needed[@]/scikit-learn/sklearn}" && return
+    for package in "${needed[@]}"; do
+        imports "${package/scikit-learn/sklearn}" && continue
+        missing+=("$package")
+        reasons+="${reasons:+; }$reason"
+    done
+    say "PYTHON=$python can't import ${missing[*]} ($reasons):" \
+        "$(quoted "$python" -m pip install "${missing[@]}")"
+    exit 1
+}
+
+installed() { # what .venv was made from: another Python, or other packages, and it is made anew
+    "$python" --version 2>&1 | cut -d . -f 1,2
+    cat requirements.txt
 }
 
 set_up() {
-    if [ ! -x $python ] || ! cmp -s requirements.txt .venv/installed; then
-        say "setting up .venv, this once: 5 GB to download and unpack, 2 to 15 minutes"
-        python3 -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' ||
-            { say "python3 is not Python 3.10, 3.11, 3.12 or 3.13: put one of these first on PATH"; exit 1; }
+    if installed | cmp -s - .venv/installed; then return; fi
+    say "set-up, this once: up to 5 GB in .venv, 5 to 20 minutes"
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        say "set-up 1 of 3: making .venv"
+        right_version python3 ||
+            { say "python3 is not Python 3.10 to 3.14: put one of these first on PATH"; exit 1; }
         python3 -m venv .venv ||
-            { say "python3 can't make .venv (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
-        rm -f .venv/memtorch
-        quietly $python -m pip install -r requirements.txt ||
-            { say "installing requirements.txt failed; the log is .venv/setup.log"; exit 1; }
-        cp requirements.txt .venv/installed
+            { say "python3 can't make .venv ($apt_install python3-venv)"; exit 1; }
     fi
-    if [ "$(cat .venv/memtorch 2>/dev/null)" != "$memtorch" ]; then set_up_memtorch; fi
+    say "set-up 2 of 3: downloading and installing what requirements.txt lists"
+    watched "$python" -m pip install -r requirements.txt ||
+        { say "installing requirements.txt failed, as the lines above say"; exit 1; }
+    installed >.venv/installed
 }
 
 # MemTorch has no ready build, reads torch while it builds, and asks for a withdrawn name of
 # scikit-learn. A cached build may be of another torch, and then fails at import.
-set_up_memtorch() {
-    local needs="Debian, Ubuntu: apt install g++ python3-dev"
-    command -v g++ >/dev/null || { say "no g++ ($needs): all but the crossbar works"; return; }
-    say "building MemTorch, 2 to 5 minutes"
-    if quietly $python -m pip install --no-deps --no-build-isolation --no-cache-dir "$memtorch"; then
-        echo "$memtorch" >.venv/memtorch
-    else
-        say "MemTorch could not be built, as the lines above say ($needs); the log is" \
-            ".venv/setup.log. All but the crossbar works, and the next run tries again."
+set_up_memtorch() { # fails where it can't be had: all but the crossbar works without it
+    local needed=("setuptools<82" wheel ninja scipy pandas matplotlib)
+    local options=(--no-deps --no-build-isolation --no-cache-dir)
+    if imports memtorch; then return; fi
+    if [ -n "${PYTHON:-}" ]; then
+        say "no crossbar, as PYTHON=$python can't import memtorch ($reason):" \
+            "$(quoted "$python" -m pip install "${needed[@]}") &&" \
+            "$(quoted "$python" -m pip install "${options[@]}" "$memtorch")"
+        return 1
     fi
+    say "set-up 3 of 3: building MemTorch, 2 to 5 minutes, as .venv can't import it ($reason)"
+    if ! command -v g++ >/dev/null; then
+        say "there is no g++ ($apt_install g++ python3-dev)"
+    elif ! watched "$python" -m pip install --force-reinstall "${options[@]}" "$memtorch"; then
+        say "MemTorch can't be built, as the lines above say ($apt_install g++ python3-dev)"
+    elif ! imports memtorch; then
+        say "MemTorch is built, but can't be imported: $reason"
+    else
+        return 0
+    fi
+    say "all but the crossbar works without MemTorch; the next run tries again"
+    return 1
 }
+
+if command -v flock >/dev/null; then # two first runs at once: one of them sets up
+    exec 9>>requirements.txt
+    flock -n 9 || { say "waiting, as another run sets up"; flock 9; }
+fi
+if [ -n "${PYTHON:-}" ]; then check_python "$@"; else set_up; fi
+crossbar=0
+if [ -e memristor.py ] && set_up_memtorch; then crossbar=1; fi
+exec 9>&-
+
+if [ "${1:-}" = test ]; then
+    if [ -n "${CI:-}" ] && [ $crossbar -eq 0 ]; then
+        say "no tests: CI is set, and there is no MemTorch"
+        exit 1
+    fi
+    exec "$python" -m pytest "${@:2}"
+fi
+
+logs=${LOGS:+$LOGS/}
+models=${LOGS:-data}/models
+former=${LOGS:-data}/former_logs/$(date +%Y-%m-%d_%H.%M.%S)
+memristor=("$python" memristor.py) # its networks are IRM's, so few of the arguments concern it
+previous=""
+for argument in "$@"; do
+    case $argument in
+        --seed | --seed=*) say "in place of --seed write SEED=2024 ./run.sh"; exit 2 ;;
+        --trainer | --trainer=*) say "--trainer is for exp-mnist.py: this runs all"; exit 2 ;;
+        --no_cuda | --dataset_path=*) memristor+=("$argument") ;;
+        --save_model=*) models=${argument#*=} ;;
+    esac
+    case $previous in
+        --dataset_path) memristor+=("$previous" "$argument") ;;
+        --save_model) models=$argument ;;
+    esac
+    previous=$argument
+done
 
 log() { # LOG COMMAND...: what the command prints goes to LOG, once it is complete
-    partial=".$1.partial" # not local: the trap is called outside of this function
-    say "${*:2}"
-    trap 'rm -f "$partial"' EXIT
-    "${@:2}" >"$partial"
+    count=$((count + 1))
+    say "$count of $((4 + crossbar)):$(quoted "${@:2}")"
+    "${@:2}" >"$partial" || return
     grep -q "^Summary: " "$partial" || { cat "$partial"; exit; } # --help, say
-    mv "$partial" "$1"
-    trap - EXIT
+    if [ -e "$1" ] && ! cmp -s "$partial" "$1"; then
+        mkdir -p "$former" && cp -p "$1" "$former" || return
+        say "the $1 that was here is kept in $former"
+    fi
+    mv "$partial" "$1" && complete+=("$1")
 }
 
-row() { # NAME LOG: a row of the table
-    sed -n "s/^Summary: .*'Accuracy_testmean': \([^,]*\), 'Accuracy_teststd': \([^,]*\),.*/\1 \2/p" "$2" |
-        awk -v name="$1" '{
-            points = $1 >= 0.6 ? 15 : $1 >= 0.55 ? 10 : 0
-            graded = name == "groupDRO" || name == "IRM"
-            printf "%-24s %6.2f %% ± %5.2f   %s\n", name, 100 * $1, 100 * $2, graded ? points : "-"
-        }'
+experiments() { # until one fails
+    local train=("$python" exp-mnist.py --seed "$seed") trainer network
+    for trainer in ERM groupDRO Backdoor; do
+        log "$logs${trainer}_log.txt" "${train[@]}" "$@" --trainer $trainer || return
+    done
+    touch "$begin"
+    log "${logs}IRM_log.txt" "${train[@]}" --save_model "$models" "$@" --trainer IRM || return
+    if [ $crossbar -eq 0 ]; then return; fi
+    memristor+=(--load_model)
+    for network in "$models"/IRM_*.pt; do # those that this run has saved
+        [ "$begin" -nt "$network" ] || memristor+=("$network")
+    done
+    log "${logs}memristor_log.txt" "${memristor[@]}"
 }
 
-set_up
-if [ "${1:-}" = test ]; then
-    exec $python -m pytest "${@:2}"
-fi
-
-case " $* " in
-    *" --seed "* | *" --seed="*) say "in place of --seed write SEED=2024 ./run.sh"; exit 2 ;;
-    *" --trainer "* | *" --trainer="*) say "--trainer is for exp-mnist.py: this runs all"; exit 2 ;;
-esac
-trainers="ERM groupDRO IRM Backdoor"
-for trainer in $trainers; do
-    log "${trainer}_log.txt" $python exp-mnist.py --seed "$seed" "$@" --trainer "$trainer"
-done
-if [ -e .venv/memtorch ]; then
-    log memristor_log.txt $python memristor.py --seed "$seed" "$@" --trainer IRM
-fi
-
-drawn=$(sed -n 's/^Data: \(.*\), drawn with .*, seed \([0-9]*\)$/\2 \1/p' ERM_log.txt)
-if [ -n "$drawn" ] && [ "${drawn%% *}" -ne "$seed" ]; then
-    say "seed $seed trained on the data of seed ${drawn%% *}, which stay as they were drawn at" \
-        "first; to draw them anew: rm -r ${drawn#* }"
-fi
-printf "%-24s %-18s %s\n" trainer "test accuracy" points
-for trainer in $trainers; do row "$trainer" "${trainer}_log.txt"; done
-if [ -e .venv/memtorch ]; then row "IRM on the crossbar" memristor_log.txt; fi
+mkdir -p "${logs:-.}"
+partial=$logs.run.$$.partial # $$ tells this run from others at the same time
+begin=$logs.begin.$$.partial
+trap 'rm -f "$partial" "$begin"' EXIT
+count=0 complete=() status=0
+experiments "$@" || status=$?
+[ ${#complete[@]} -eq 0 ] || "$python" metric.py "${complete[@]}" || status=$?
+exit $status
