@@ -54,7 +54,7 @@ class Samples:
 
     def __getitem__(self, index: int | slice | Tensor) -> "Samples":
         """The samples at these positions, or those where a mask is True; IndexError beyond."""
-        if isinstance(index, Tensor):
+        if isinstance(index, Tensor) and index.dim() > 0:
             index = index.to(self.labels.device)
         elif not isinstance(index, slice):
             position = range(len(self))[index]
@@ -201,12 +201,7 @@ def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
     [images, labels], with environments where `env` is None. UserError names file and remedy.
     """
     try:
-        with open(path, "rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
-        if zipped:  # torch.load does not compare the checksums of what it reads
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip():
-                    raise UserError("its checksums do not fit")
+        zipped = check_sums(path)
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
@@ -223,6 +218,20 @@ def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
     if not zipped:
         form += ", in torch's old format, which has no checksums"
     return samples, form, seed
+
+
+def check_sums(path: str | Path) -> bool:
+    """Whether a file of torch.save has checksums; raises UserError or others if they don't fit.
+
+    torch.load itself does not compare them. Files of its old format have none.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise UserError("its checksums do not fit")
+    return zipped
 
 
 def unusable(path: Path, reason: object) -> UserError:

@@ -123,7 +123,10 @@ def torchvision_mnist(train: bool) -> tuple[Tensor, Tensor]:
         except RuntimeError:  # not there, or not all of it
             print("Downloading MNIST", file=sys.stderr)
             with written_whole(raw) as partial:
-                mnist = MNIST(partial, train, download=True)
+                try:
+                    mnist = MNIST(partial, train, download=True)
+                except RuntimeError as error:  # what each mirror said, in lines of its own
+                    raise UserError(" ".join(str(error).split())) from None
                 raw.mkdir(exist_ok=True)
                 for file in Path(mnist.raw_folder).iterdir():
                     file.replace(raw / file.name)

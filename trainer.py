@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
-from dataset import Batch, Dataset, Samples, load_dataset
+from dataset import Batch, Dataset, Samples, check_sums, load_dataset
 from metric import metrics
 from model import Loss, Network
 from preprocessing import UserError, number, warn, written_whole
@@ -274,6 +274,7 @@ def load_model(path: str | Path) -> tuple[Network, Loss]:
 def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
     """The same and what else is in the file: arguments, repetition and what the data were."""
     try:
+        check_sums(path)
         saved = torch.load(path, weights_only=True, map_location="cpu")
         saved["arguments"] = argparse.Namespace(**saved["arguments"])
         network, loss = build(saved["arguments"])

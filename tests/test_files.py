@@ -9,6 +9,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,11 +23,13 @@ from conftest import ROOT, assert_one_line, same
 from PIL import Image
 
 import preprocessing
-from dataset import MEAN, STD, load_dataset, read_file
-from preprocessing import UserError
+from dataset import MEAN, STD, ColoredMNIST, load_dataset, read_file
+from preprocessing import UserError, written_whole
+from trainer import load_model
 
 NAMES = ("train1", "train2", "test")
 SHORT = ("--no_cuda", "--iteration", 3, "--repetitions", 1, "--batch_size", 20)
+OWN_SEED = ("--seed", 3)  # that of the small files: no warning that they are of another
 
 
 def load(folder):
@@ -78,9 +81,31 @@ def framework_form(small_files, tmp_path_factory):
 
 def test_course_project_form(course_project_form, small_files):
     ours, theirs = load(small_files), load(course_project_form)
-    assert "course project's form" in theirs.description and len(theirs.test) == 40
+    assert "tuples of (image, label, colour)" in theirs.description and len(theirs.test) == 40
+    assert theirs.seed is None
     assert same(ours.training, theirs.training)
     assert same(ours.test[torch.arange(40)], theirs.test)
+
+
+@pytest.mark.parametrize(
+    ("parts", "form"),
+    [
+        (lambda image, label, color: (image, label), "(image, label)"),
+        (lambda image, label, color: [image, label], "(image, label)"),
+        (lambda image, label, color: (image, label, color, 7), "(image, label, colour, digit)"),
+        (lambda image, label, color: (image, label, "red", 7), "(image, label, colour, digit)"),
+    ],
+)
+def test_tuples_of_other_generators(small_files, tmp_path, parts, form):
+    """Of them the image alone says the colour: the channel that isn't black."""
+    folder = tmp_path / "ColoredMNIST"
+    folder.mkdir()
+    for name in NAMES:
+        record = torch.load(small_files / f"{name}.pt", weights_only=True)
+        torch.save([parts(*entry) for entry in tuples(record)], folder / f"{name}.pt")
+    ours, theirs = load(small_files), load(folder)
+    assert f"tuples of {form}" in theirs.description
+    assert same(ours.training, theirs.training) and same(ours.test, theirs.test)
 
 
 def test_framework_form(framework_form, small_files):
@@ -91,15 +116,29 @@ def test_framework_form(framework_form, small_files):
     assert same(ours.test, theirs.test)
     training, validation = theirs.hold_out(0.5)  # the split of the files stays
     assert same(training, theirs.training) and same(validation, theirs.validation)
+    assert len(ColoredMNIST(framework_form.parent, "all_train")) == 120
+    assert len(ColoredMNIST(framework_form.parent, "train2")) == 60
+
+
+def test_framework_files_with_one_training_environment_are_refused(framework_form, tmp_path):
+    """groupDRO and IRM have nothing to compare there."""
+    folder = shutil.copytree(framework_form, tmp_path / "ColoredMNIST")
+    for name in ("train", "val"):
+        images, labels, envs = torch.load(folder / f"{name}.pt", weights_only=True)
+        torch.save([images, labels, torch.zeros_like(envs)], folder / f"{name}.pt")
+    with pytest.raises(UserError, match="one training environment, and two are needed"):
+        load(folder)
 
 
 def test_results_from_foreign_files_are_the_same(
     in_process, course_project_form, framework_form, folder
 ):
     """Bit for bit where the split is the user's own; the framework's split is used as it is."""
-    record = torch.load(folder / "test.pt", weights_only=True)
-    short = {key: field[:40] if torch.is_tensor(field) else field for key, field in record.items()}
-    torch.save(short, folder / "test.pt")
+    for name in NAMES:
+        record = torch.load(folder / f"{name}.pt", weights_only=True) | {"sizes": [60, 60, 40]}
+        if name == "test":
+            record |= {key: record[key][:40] for key in ("images", "labels", "colors")}
+        torch.save(record, folder / f"{name}.pt")
 
     def log(path):
         result = in_process("exp-mnist.py", "--dataset_path", path, *SHORT)
@@ -116,9 +155,9 @@ def test_results_from_foreign_files_are_the_same(
 def test_numbers_of_python_and_numpy_are_read(small_files, tmp_path, label, color):
     record = torch.load(small_files / "train2.pt", weights_only=True)
     torch.save(tuples(record, label, color), tmp_path / "train2.pt")
-    digits, form = read_file(tmp_path / "train2.pt", 1)
-    assert same(digits, read_file(small_files / "train2.pt", 1)[0])
-    assert "course project's form" in form
+    samples, form, _ = read_file(tmp_path / "train2.pt", 1)
+    assert same(samples, read_file(small_files / "train2.pt", 1)[0])
+    assert form == "tuples of (image, label, colour)"
 
 
 @pytest.mark.parametrize("label", [np.float32, str])
@@ -161,6 +200,20 @@ def test_old_format_of_torch_is_read(folder, small_files, course_project_form):
     assert same(read_file(folder / "test.pt", 2)[0], ours.test)
 
 
+def test_the_format_is_told_as_torch_tells_it(folder, small_files):
+    """By the first bytes: what zipfile.is_zipfile says differs between releases of Python."""
+    path = folder / "test.pt"
+    record = torch.load(path, weights_only=True)
+    torch.save(record, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes() + b"PK\x05\x06" + bytes(18))  # the end of an empty ZIP
+    samples, form, seed = read_file(path, 2)
+    ours, own_form, _ = read_file(small_files / "test.pt", 2)
+    assert same(samples, ours) and seed == 3
+    assert form == own_form + ", in torch's old format, which has no checksums"
+    for source in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")):
+        assert "is_zipfile" not in source.read_text(), source
+
+
 def harmed(whole):
     """Truncations and flips of one bit: everywhere, and all over the archive's frame."""
     chosen = random.Random(0)
@@ -181,19 +234,19 @@ def harmed(whole):
 def test_damage_is_refused_or_without_effect(folder):
     """Each in one line that names the file and the remedy, or read as exactly the same data."""
     path = folder / "test.pt"
-    whole, (digits, form) = path.read_bytes(), read_file(path, 2)
+    whole, (samples, *others) = path.read_bytes(), read_file(path, 2)
     refused = 0
     for damaged in harmed(whole):
         path.write_bytes(damaged)
         try:
-            digits_read, form_read = read_file(path, 2)
+            samples_read, *others_read = read_file(path, 2)
         except UserError as error:
             refused += 1
             message = str(error)
             assert "test.pt cannot be used" in message and "replace it, or delete" in message
             assert "\n" not in message
         else:
-            assert same(digits_read, digits) and form_read == form
+            assert same(samples_read, samples) and others_read == others
     assert refused > 300
     path.write_bytes(whole)
     load(folder)
@@ -201,7 +254,7 @@ def test_damage_is_refused_or_without_effect(folder):
 
 def test_swapped_members_are_not_read_as_other_data(folder):
     path = folder / "test.pt"
-    whole, (digits, _) = path.read_bytes(), read_file(path, 2)
+    whole, (samples, *_) = path.read_bytes(), read_file(path, 2)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
     for i in range(len(names)):
@@ -209,7 +262,7 @@ def test_swapped_members_are_not_read_as_other_data(folder):
             a, b = names[i], names[j]
             rezip(path, zipfile.ZIP_STORED, lambda m, a=a, b=b: m | {a: m[b], b: m[a]})
             with contextlib.suppress(UserError):
-                assert same(read_file(path, 2)[0], digits), (a, b)
+                assert same(read_file(path, 2)[0], samples), (a, b)
             path.write_bytes(whole)
 
 
@@ -282,12 +335,19 @@ WRONG_COLOR[1, 1, 5, 5] = 9
         own(images=BLUE),
         own(images=WRONG_COLOR),
         own(p_e=torch.tensor([0.1, 0.4, 0.9])),
+        own(environment="test"),
+        own(sizes=[4, 5, 4]),
+        own(sizes=3),
         {"images": 1},
         {},
         [],
         None,
         torch.zeros(3),
-        [(image(), 1)],
+        [(image(), 1)],  # one is too few
+        [(image(), 2)] * 3,
+        [(image(), 1, True, 7, 7)] * 3,
+        [(image(), 1, True), (image(), 1)],
+        [(Image.new("RGB", (28, 28), (9, 9, 0)), 1)] * 3,
         [(image(), 0.5, True)] * 3,
         [(image(), "1", True)] * 3,
         [(image("L"), 1, True)] * 3,
@@ -304,6 +364,26 @@ def test_other_contents_are_refused(folder, content):
     torch.save(content, folder / "train2.pt")
     with pytest.raises(UserError, match="train2.pt cannot be used"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ({"pictures": 1, "labels": 2}, "a dict of 2 entries, the first a str"),
+        ([], "a list of 0 entries"),
+        ([1, 2, 3], "a list of 3 entries, the first a int"),
+        ([(image(), 1, True, 7, 7)] * 3, "a list of 3 entries, the first a tuple of 5"),
+        ((torch.zeros(3),), "a tuple of 1 entries, the first a Tensor"),
+        (None, "a NoneType"),
+    ],
+)
+def test_what_is_whole_and_unknown_is_not_called_damaged(folder, content, what):
+    torch.save(content, folder / "train2.pt")
+    with pytest.raises(UserError) as error:
+        load(folder)
+    message = str(error.value)
+    assert f"whole, but of no known form: {what})" in message and "damaged" not in message
+    assert str(folder / "train2.pt") in message and "replace it" in message
 
 
 @pytest.mark.parametrize(
@@ -353,6 +433,36 @@ def test_files_of_different_draws_are_refused(folder):
         load(folder)
 
 
+def test_files_of_other_sizes_are_refused(folder, tmp_path):
+    """Of the same seed: three quarters of these test digits would have been trained on."""
+    preprocessing.draw_environments(tmp_path / "other", sizes=(90, 60, 60), seed=3)
+    shutil.copy(tmp_path / "other" / "ColoredMNIST" / "train1.pt", folder)
+    with pytest.raises(UserError, match="different draws or forms"):
+        load(folder)
+
+
+def test_an_environment_under_anothers_name_is_refused(folder, course_project_form, tmp_path):
+    """Its digits are those that were trained on, or its colours not those of its name."""
+    shutil.copy(folder / "train1.pt", folder / "test.pt")
+    with pytest.raises(UserError, match="test.pt cannot be used.*holds the environment train1"):
+        load(folder)
+    foreign = shutil.copytree(course_project_form, tmp_path / "foreign" / "ColoredMNIST")
+    shutil.copy(foreign / "train1.pt", foreign / "test.pt")
+    with pytest.raises(UserError, match="the same images as train1 and as test"):
+        load(foreign)
+
+
+@pytest.mark.parametrize("more", ["train3", "test2", "val", "train"])
+def test_other_environments_are_refused_by_name(folder, more):
+    shutil.copy(folder / "train1.pt", folder / f"{more}.pt")
+    with pytest.raises(UserError, match=f"has {more}.pt beside train1, train2, test"):
+        load(folder)
+    (folder / f"{more}.pt").rename(folder / f".{more}.pt")  # hidden, it has no part in it
+    load(folder)
+    (folder / f".{more}.pt").rename(folder / f"{more}.txt")
+    load(folder)
+
+
 def test_one_label_is_refused(folder):
     record = torch.load(folder / "test.pt", weights_only=True)
     torch.save(record | {"labels": torch.ones_like(record["labels"])}, folder / "test.pt")
@@ -379,17 +489,27 @@ def start(*arguments):
     )
 
 
-def test_killed_while_drawing(tmp_path):
+@pytest.fixture(scope="module")
+def processes():
+    """Copies of this process, which saves the seconds of their start."""
+    return multiprocessing.get_context("fork")
+
+
+def draw(path):
+    torch.set_num_threads(1)  # those of the process that was copied are not in the copy
+    preprocessing.draw_environments(path)
+
+
+def test_killed_while_drawing(processes, tmp_path):
     """SIGKILL at many moments; the next run draws whole files and clears the leftovers away."""
-    context, states = multiprocessing.get_context("forkserver"), set()
-    context.set_forkserver_preload(["preprocessing"])
+    states = set()
     for wait in range(8):
         path = tmp_path / str(wait)
-        process = context.Process(target=preprocessing.draw_environments, args=(path,))
+        process = processes.Process(target=draw, args=(path,))
         process.start()
         while process.is_alive() and not (path / ".lock").exists():
             time.sleep(0.002)
-        time.sleep(wait * 0.06)
+        time.sleep(wait * 0.05)
         process.kill()
         process.join()
         left = files(path)
@@ -406,19 +526,20 @@ def test_concurrent_first_runs_read_the_same_data(tmp_path):
     arguments = (*SHORT, "--dataset_path", tmp_path)
     runs = [start("exp-mnist.py", *arguments, "--seed", seed) for seed in (5, 6)]
     outputs = [run.communicate() for run in runs]
-    assert [(run.returncode, output[1]) for run, output in zip(runs, outputs, strict=True)] == [
-        (0, ""),
-        (0, ""),
-    ]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    # One drew them; the other says that they are of another seed.
+    assert sorted(error.count("\n") for _, error in outputs) == [0, 1]
     assert files(tmp_path) - {".lock"} == DRAWN
-    data = [[line for line in out.splitlines() if "drawn with" in line] for out, _ in outputs]
-    assert data[0] == data[1] and len(data[0]) == 1
+    (drew,) = [out for out, _ in outputs if "drawn now with" in out]
+    (read,) = [out for out, _ in outputs if "drawn with" in out]
+    (line,) = [line for line in drew.splitlines() if "drawn now with" in line]
+    assert line.replace("drawn now", "drawn") in read.splitlines()
 
 
 @pytest.mark.parametrize("script", ["exp-mnist.py", "preprocessing.py"])
 def test_interrupt_ends_in_one_line(dataset_path, script, tmp_path):
     path = dataset_path if script == "exp-mnist.py" else tmp_path
-    process = start(script, "--dataset_path", path)
+    process = start(script, "--dataset_path", path, "--seed", 7)
     if script == "exp-mnist.py":
         while "Repetition" not in process.stdout.readline():
             pass
@@ -431,14 +552,114 @@ def test_interrupt_ends_in_one_line(dataset_path, script, tmp_path):
     assert files(tmp_path) <= {".lock"}
 
 
-def test_killed_while_saving_a_model(in_process, small_files, tmp_path):
-    """A leftover of an earlier run is replaced; the model is whole or absent."""
-    leftover = tmp_path / ".ERM_MLP_seed1234_repetition1.pt.partial"
-    leftover.write_bytes(b"half")
-    arguments = ("--dataset_path", small_files.parent, *SHORT, "--save_model", tmp_path)
-    result = in_process("exp-mnist.py", *arguments)
+def write_slowly(path, begun):
+    with written_whole(path) as partial:
+        partial.write_bytes(b"half")
+        begun.set()
+        time.sleep(60)
+
+
+def write_often(path, content):
+    for _ in range(75):
+        with written_whole(path) as partial:
+            torch.save(torch.full((1000,), content), partial)
+
+
+def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(processes, tmp_path):
+    path, begun = tmp_path / "network.pt", processes.Event()
+    process = processes.Process(target=write_slowly, args=(path, begun))
+    process.start()
+    assert begun.wait(60)
+    (running,) = tmp_path.iterdir()
+    with written_whole(path) as partial:
+        partial.write_bytes(b"whole")
+    assert set(tmp_path.iterdir()) == {path, running}
+    process.kill()
+    process.join()
+    elsewhere = running.with_name(running.name.replace(socket.gethostname(), "another-host", 1))
+    shutil.copy(running, elsewhere)  # whether it runs there, nobody here knows
+    other = running.with_name(running.name.replace("network", "another", 1))
+    shutil.copy(running, other)
+    with written_whole(path) as partial:
+        partial.write_bytes(b"again")
+    assert set(tmp_path.iterdir()) == {path, elsewhere, other} and path.read_bytes() == b"again"
+
+
+def test_processes_save_one_name_at_once(processes, tmp_path):
+    path = tmp_path / "network.pt"
+    writers = [processes.Process(target=write_often, args=(path, i)) for i in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * 4
+    assert list(tmp_path.iterdir()) == [path]
+    content = torch.load(path, weights_only=True)
+    assert content.shape == (1000,) and content.unique().numel() == 1
+
+
+@pytest.mark.parametrize("error", [OSError("no"), RuntimeError("no"), KeyboardInterrupt()])
+def test_what_fails_while_writing_leaves_nothing(tmp_path, error):
+    (tmp_path / "file").write_text("before")
+    with pytest.raises(UserError if isinstance(error, Exception) else KeyboardInterrupt):  # noqa: SIM117
+        with written_whole(tmp_path / "file") as partial:
+            partial.write_text("half")
+            raise error
+    assert contents(tmp_path) == {tmp_path / "file": b"before"}
+
+
+@pytest.fixture(scope="module")
+def saved(in_process, small_files, tmp_path_factory):
+    """A file of --save_model."""
+    folder = tmp_path_factory.mktemp("models")
+    arguments = ("--dataset_path", small_files.parent, *SHORT, *OWN_SEED, "--save_model", folder)
+    result = in_process("exp-mnist.py", *arguments, "--hidden_dim", 4, "--trainer", "groupDRO")
     assert result.returncode == 0, result.stderr
-    assert files(tmp_path) - {".lock"} == {"ERM_MLP_seed1234_repetition1.pt"}
+    (path,) = folder.iterdir()
+    return path
+
+
+def test_damaged_models_are_refused_or_without_effect(saved, tmp_path):
+    """A flipped bit in a weight as well, which torch.load would not notice."""
+    expected, path, refused = load_model(saved), tmp_path / "model.pt", 0
+    for damaged in harmed(saved.read_bytes()):
+        path.write_bytes(damaged)
+        with warnings.catch_warnings(record=True) as shown:
+            try:
+                loaded = load_model(path)
+            except UserError as error:
+                refused += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+            else:
+                for ours, theirs in zip(loaded, expected, strict=True):
+                    assert_same_state(ours, theirs)
+        assert not shown
+    assert refused > 300
+
+
+def assert_same_state(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_hostile_and_other_models_run_nothing(saved, small_files, tmp_path):
+    trap, path = tmp_path / "trapped", tmp_path / "model.pt"
+    record = torch.load(saved, weights_only=True)
+    others = [{}, None, [1], record | {"arguments": {"trainer": "DRO"}}, record | {"loss": {}}]
+    others += [record | {"network": {}}, record | {"arguments": None}]
+    hostile = [Hostile(trap), {"arguments": Hostile(trap)}, record | {"loss": Hostile(trap)}]
+    for content in (*others, *hostile):
+        torch.save(content, path)
+        with pytest.raises(UserError, match="model.pt") as error:
+            load_model(path)
+        assert "\n" not in str(error.value) and "cannot read" not in str(error.value)
+    with pytest.raises(UserError, match="no network that --save_model wrote"):
+        load_model(small_files / "test.pt")
+    for absent in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(UserError, match="cannot read"):
+            load_model(absent)
+    assert not trap.exists()
 
 
 def contents(path):
@@ -463,24 +684,26 @@ def test_full_disk_while_drawing_or_saving(in_process, small_files, tmp_path):
     with files_no_larger_than(100_000):
         drawn = in_process("preprocessing.py", "--dataset_path", tmp_path / "new")
         folder = tmp_path / "models"
-        arguments = ("--dataset_path", small_files.parent, *SHORT, "--save_model", folder)
+        arguments = ("--dataset_path", small_files.parent, *SHORT, *OWN_SEED)
+        arguments += ("--save_model", folder)
         saved = in_process("exp-mnist.py", *arguments)
     assert_one_line(drawn, "preprocessing.py: cannot write", tmp_path / "new" / "ColoredMNIST")
     assert_one_line(saved, "exp-mnist.py: cannot write", folder)
-    assert files(tmp_path) <= {"new/.lock", "models/.lock"}
+    assert files(tmp_path) <= {"new/.lock"}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full")
 def test_full_disk_under_the_log(command, small_files):
     with open("/dev/full", "w") as full:
-        arguments = ("--dataset_path", small_files.parent, *SHORT)
+        arguments = ("--dataset_path", small_files.parent, *SHORT, *OWN_SEED)
         streams = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
         result = command("exp-mnist.py", *arguments, **streams)
     assert_one_line(result, "exp-mnist.py", "No space left")
 
 
 def test_reader_that_leaves(small_files):
-    process = start("exp-mnist.py", "--dataset_path", small_files.parent, *SHORT)
+    arguments = ("--dataset_path", small_files.parent, *SHORT, *OWN_SEED)
+    process = start("exp-mnist.py", *arguments)
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait() != 0 and "Traceback" not in error and error.count("\n") <= 1
@@ -491,11 +714,12 @@ def test_first_run_draws_and_the_log_says_what_is_read(in_process, tmp_path, dat
     arguments = ("--dataset_path", tmp_path, *SHORT)
     first = in_process("exp-mnist.py", *arguments, "--seed", 11)
     assert first.returncode == 0 and files(tmp_path) - {".lock"} == DRAWN
-    drawn = f"Data: {tmp_path / 'ColoredMNIST'}, drawn with p_f 0.2, p_e [0.1, 0.4, 0.9]"
-    line = f"{drawn}, shuffle_digits false, seed 11\n"
-    assert line in first.stdout
+    settings = "p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], shuffle_digits false"
+    folder = f"Data: {tmp_path / 'ColoredMNIST'}"
+    assert f"{folder}, drawn now with {settings}, seed 11\n" in first.stdout
     before = contents(tmp_path)
-    assert line in in_process("exp-mnist.py", *arguments, "--seed", 12).stdout
+    second = in_process("exp-mnist.py", *arguments, "--seed", 12)
+    assert f"{folder}, drawn with {settings}, seed 11\n" in second.stdout
     assert contents(tmp_path) == before
 
 
