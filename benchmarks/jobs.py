@@ -101,13 +101,19 @@ def run_jobs(
             yield job, result
 
 
-def script_parser(description: str, figure: str | None = None, table: str | None = None):
+def script_parser(
+    description: str,
+    figure: str | None = None,
+    table: str | None = None,
+    scheduler: bool = True,
+) -> argparse.ArgumentParser:
     """A script's parser, with the flags that several have.
 
     Args:
         description: the script's docstring
         figure: name of the figure that it draws, if it does
         table: name of the CSV file that it writes, if it does
+        scheduler: whether it has jobs that a Dask cluster can do
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -123,8 +129,9 @@ def script_parser(description: str, figure: str | None = None, table: str | None
         add("--table", type=Path, default=OUTPUT / table, metavar="CSV", help=path)
         kept = "keep the rows that the table has already, whatever code made them; compute others"
         add("--resume", action="store_true", help=kept)
-    address = "compute on the workers of this Dask cluster instead of this machine's cores"
-    add("--scheduler", metavar="tcp://HOST:8786", help=address)
+    if scheduler:
+        address = "compute on the workers of this Dask cluster instead of this machine's cores"
+        add("--scheduler", metavar="tcp://HOST:8786", help=address)
     return parser
 
 
@@ -138,6 +145,15 @@ def training_flags(options: list[str], *ours: str) -> argparse.Namespace:
     if set_by_us:
         raise UserError(f"{', '.join(sorted(set_by_us))}: that is what each job sets itself")
     return training_parser().parse_args(options)
+
+
+def check_writable(*paths: Path) -> None:
+    """UserError if a file can't be written: to be found before the hours of computing it."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and a file is to be written")
+        with written_whole(path) as partial:
+            tempfile.TemporaryFile(dir=partial.parent).close()
 
 
 def kept(*arguments: object) -> object:
@@ -242,6 +258,7 @@ def experiment(
     """
     args = training_parser().parse_args(arguments)
     args.evaluation_steps = args.iteration + 1  # no figures for a log that nobody reads
+    args.repetitions = only or args.repetitions
     data = fresh_data(args.seed, drawing)
     for repetition, network, loss, training, validation in repetitions(args, data):
         if only in (None, repetition):
@@ -266,11 +283,12 @@ class Table:
         columns: name → type of its values; a row is a dict with these names
         resume: begin with the rows that the file has
 
-    UserError if the file is there and isn't such a table.
+    UserError if the file is there and isn't such a table, or if it can't be written.
     """
 
     def __init__(self, path: Path, columns: dict[str, type], resume: bool = True):
         self.path, self.columns = path, columns
+        check_writable(path)
         there = self.read() if path.exists() else []
         self.longest = len(there)
         self.rows = there if resume else []

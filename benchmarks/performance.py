@@ -1,33 +1,37 @@
-"""The performance table of the README, as ratios measured in one run, and the machine.
+"""Time and memory, as ratios that are measured in one run, and the machine. In Markdown.
 
 python benchmarks/performance.py
+python benchmarks/performance.py --against ../another-checkout
 
 Training: the unit is the time of 1,200 products of the first layer forward and of its weight
 gradient (1024 x 2352 by 2352 x 64) in float32, as three repetitions of 400 iterations make on RGB
-images. Unit and command are measured in turn, as machines are noisy.
+images. Unit, command and, with --against, the same command of another checkout of this project are
+measured in turn, as machines are noisy. More flags are passed on to exp-mnist.py.
 
-Crossbar: conversion, tuning and evaluation of 20,000 samples by MemTorch as it comes (patch_model
-with VTEAM devices and naive scaling, tune_, its own kernel), and by to_crossbar, on one network.
+Crossbar: conversion, tuning and evaluation by MemTorch as it comes (patch_model with VTEAM devices
+and naive scaling, tune_, its own kernel), and by to_crossbar, on one untrained network.
 """
 
 import argparse
 import copy
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 
 import torch
-from jobs import ROOT
+from jobs import ROOT, fresh_data, script_parser, training_flags
+from torch import nn
 
-from dataset import load_dataset
-from memristor import calibration_images, check_devices, memtorch, to_crossbar
-from model import MLP
+from memristor import calibration_images, check_devices, to_crossbar
 from preprocessing import UserError, number, run_command
-from trainer import predict
+from register import TRAINERS
+from trainer import build, predict
 
 UNIT = """
 import time, torch
@@ -47,92 +51,134 @@ print(time.perf_counter() - start)
 """
 
 
-def seconds_printed(code: str, *arguments: str) -> float:
+def seconds_printed(code: str, *arguments: Path) -> float:
     """What a process of its own says that it took."""
-    return float(subprocess.check_output([sys.executable, "-c", code, *arguments]))
+    return float(subprocess.check_output([sys.executable, "-c", code, *map(str, arguments)]))
 
 
-def whole_command(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak memory (MiB) of a command, imports included."""
+def whole_command(checkout: Path, arguments: list[str]) -> tuple[float, float]:
+    """Seconds and peak memory (MiB) of exp-mnist.py in a checkout, imports included."""
+    command = [sys.executable, "exp-mnist.py", *arguments]
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise UserError(f"{' '.join(arguments)} failed")
+        raise UserError(f"{' '.join(command[1:])} failed in {checkout}")
     return time.perf_counter() - start, usage.ru_maxrss / 1024
 
 
-def training(trainer: str, options: list[str], runs: int) -> None:
+def training(options: list[str], runs: int, against: Path | None) -> None:
+    """Print the rows of the command in each checkout, and of drawing the data."""
+    checkouts = {"this project": ROOT}
+    if against:
+        checkouts[f"{against.resolve().name} (--against)"] = against
+    measured = {name: [] for name in checkouts}  # (seconds, MiB) of each run
+    draws = {name: [] for name in checkouts}
+    units = []
     with tempfile.TemporaryDirectory() as folder:
-        draws = [seconds_printed(DRAWING, str(ROOT), f"{folder}/{n}") for n in range(runs)]
-    command = ("exp-mnist.py", "--trainer", trainer, *options)
-    measured = [(*whole_command(*command), seconds_printed(UNIT)) for _ in range(runs)]
-    seconds, peak, units = map(statistics.median, zip(*measured, strict=True))
-    ratios = sorted(whole / unit for whole, _, unit in measured)
-    print(
-        f"| `{' '.join(command)}`, imports included | {statistics.median(ratios):.2f} units "
-        f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {seconds:.1f} (unit {units:.1f}) | {peak:.0f} |"
-    )
-    draw = statistics.median(draws)
-    print(f"| drawing the data | {draw / units:.2f} units | {draw:.2f} | |")
-
-
-def crossbar() -> None:
-    data = load_dataset(ROOT / "data")
-    torch.manual_seed(0)
-    network = MLP().eval()
-    images = calibration_images(data.training)
-
-    def clock(what) -> tuple[float, torch.nn.Module]:
-        start = time.perf_counter()
-        result = what()
-        return time.perf_counter() - start, result
-
-    def as_it_comes() -> torch.nn.Module:
-        return memtorch.mn.Module.patch_model(
-            copy.deepcopy(network).requires_grad_(False),
-            memristor_model=memtorch.bh.memristor.VTEAM,
-            memristor_model_params={"time_series_resolution": 1e-10, "r_off": 5e7, "r_on": 1.4e4},
-            module_parameters_to_patch=[torch.nn.Linear],
-            mapping_routine=memtorch.map.Parameter.naive_map,
-            transistor=True,
-            programming_routine=None,
-            tile_shape=(128, 128),
-            max_input_voltage=0.3,
-            ADC_resolution=8,
-            ADC_overflow_rate=0.0,
-            quant_method="linear",
-            verbose=False,
+        for run in range(runs):
+            units.append(seconds_printed(UNIT))
+            for place, (name, checkout) in enumerate(checkouts.items()):
+                data = Path(folder) / f"{place}-{run}"
+                draws[name].append(seconds_printed(DRAWING, checkout.resolve(), data))
+                arguments = [*options, "--dataset_path", str(data)]
+                measured[name].append(whole_command(checkout, arguments))
+    command = " ".join(["exp-mnist.py", *options])
+    for name, of_runs in measured.items():
+        ratios = sorted(seconds / unit for (seconds, _), unit in zip(of_runs, units, strict=True))
+        seconds, peak = (median(values) for values in zip(*of_runs, strict=True))
+        print(
+            f"| `{command}`, imports included: {name} | {median(ratios):.2f} units "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f}) | {seconds:.1f} (unit {median(units):.1f}) | "
+            f"{peak:.0f} |"
         )
+    if against:
+        pairs = zip(*measured.values(), strict=True)
+        ratios = sorted(ours / theirs for (ours, _), (theirs, _) in pairs)
+        print(
+            f"| this project against that | {median(ratios):.2f} ({ratios[0]:.2f} to "
+            f"{ratios[-1]:.2f}) | | |"
+        )
+    for name, seconds in draws.items():
+        ratio = median(seconds) / median(units)
+        print(f"| drawing the data: {name} | {ratio:.2f} units | {median(seconds):.2f} | |")
 
+
+def clock(compute: Callable[[], object]) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = compute()
+    return time.perf_counter() - start, result
+
+
+def as_it_comes(network: nn.Module) -> nn.Module:
+    """A network that MemTorch itself converts, with the course project's settings."""
+    import memtorch
+
+    return memtorch.mn.Module.patch_model(
+        copy.deepcopy(network).requires_grad_(False),
+        memristor_model=memtorch.bh.memristor.VTEAM,
+        memristor_model_params={"time_series_resolution": 1e-10, "r_off": 5e7, "r_on": 1.4e4},
+        module_parameters_to_patch=[nn.Linear, nn.Conv2d],
+        mapping_routine=memtorch.map.Parameter.naive_map,
+        transistor=True,
+        programming_routine=None,
+        tile_shape=(128, 128),
+        max_input_voltage=0.3,
+        ADC_resolution=8,
+        ADC_overflow_rate=0.0,
+        quant_method="linear",
+        verbose=False,
+    )
+
+
+def crossbar(args: argparse.Namespace, count: int) -> None:
+    """Print the rows of the crossbar, evaluated on so many samples."""
+    data = fresh_data(args.seed)
+    test = data.test[:count]
+    torch.manual_seed(0)
+    network, _ = build(args)
+    network.eval()
+    images = calibration_images(data.training)
     ours, converted = clock(lambda: to_crossbar(network, images))
-    our_evaluation, _ = clock(lambda: predict(converted, data.test))
-    conversion, patched = clock(as_it_comes)
+    our_evaluation, _ = clock(lambda: predict(converted, test))
+    conversion, patched = clock(lambda: as_it_comes(network))
     tuning, _ = clock(patched.tune_)
-    evaluation, _ = clock(lambda: predict(patched, data.test))
+    evaluation, _ = clock(lambda: predict(patched, test))
     theirs, whole = conversion + tuning + evaluation, ours + our_evaluation
     print(
-        f"| MemTorch as it comes: conversion, tuning, evaluation | 1 | {theirs:.1f} "
-        f"({conversion:.1f} + {tuning:.1f} + {evaluation:.1f}) | |"
+        f"| MemTorch as it comes: conversion, tuning, evaluation of {len(test)} samples | 1 | "
+        f"{theirs:.1f} ({conversion:.1f} + {tuning:.1f} + {evaluation:.1f}) | |"
     )
     print(
-        f"| `to_crossbar`, with calibration; evaluation | 1 / {theirs / whole:.1f} | {whole:.1f} "
-        f"({ours:.1f} + {our_evaluation:.1f}) | |"
+        f"| `to_crossbar`, with calibration; evaluation of {len(test)} samples | "
+        f"1 / {theirs / whole:.1f} | {whole:.1f} ({ours:.1f} + {our_evaluation:.1f}) | |"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--runs", type=number(int, 1), default=5, help="how often each is measured")
-    parser.add_argument("--trainer", default="IRM", help="what is trained (default: IRM)")
-    parser.add_argument("--cuda", action="store_true", help="train on the GPU too")
-    args = parser.parse_args()
-    check_devices(r_on=1, r_off=2)
+    parser = script_parser(__doc__, scheduler=False)
+    add = parser.add_argument
+    add("--runs", type=number(int, 1), default=5, help="how often each is measured (default: 5)")
+    trainer = "what is trained (default: IRM)"
+    add("--trainer", default="IRM", choices=TRAINERS, help=trainer)
+    checkout = "folder of another checkout of this project, to be measured in turn with this one"
+    add("--against", type=Path, metavar="CHECKOUT", help=checkout)
+    add("--cuda", action="store_true", help="train on the GPU too")
+    samples = "test samples that crossbars are evaluated on, 2 to 20000 (default: 20000)"
+    add("--test_samples", type=number(int, 2, 20000), default=20000, help=samples)
+    args, options = parser.parse_known_args()
+    training_args = training_flags(options, "trainer", "dataset_path", "no_cuda", "save_model")
+    check_devices(r_on=1, r_off=2)  # whether there is MemTorch at all
+    if args.against and not (args.against / "exp-mnist.py").is_file():
+        raise UserError(f"--against {args.against}: there is no exp-mnist.py in it")
+    if args.cuda and not torch.cuda.is_available():
+        raise UserError("--cuda: there is no GPU that torch can use")
+    options = ["--trainer", args.trainer, *options]
     print("| | ratio | seconds | peak memory, MiB |\n| --- | --- | --- | --- |")
-    training(args.trainer, ["--no_cuda"], args.runs)
+    training([*options, "--no_cuda"], args.runs, args.against)
     if args.cuda:
-        training(args.trainer, [], args.runs)
-    crossbar()
+        training(options, args.runs, args.against)
+    crossbar(training_args, args.test_samples)
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(
         f"\nMachine: {platform.processor() or platform.machine()}, {os.cpu_count()} CPUs{gpu}, "

@@ -1,22 +1,32 @@
-"""What broken hardware costs, and what hardening saves: the crossbar table and its figure.
+"""What broken hardware costs, and what hardening saves: the crossbar's tables and figure.
 
-    python benchmarks/robustness.py
+python benchmarks/robustness.py
 
 For each trainer: three repetitions, plain and hardened, digital and on crossbars in every condition
-below, five patterns of it where it is random. Prints the mean and, in brackets, the worst pattern's
-test accuracy; draws the first trainer's accuracy over each kind of damage, with bands from the
-worst to the best pattern. Other flags, such as --network CNN, are passed on to exp-mnist.py.
+below, five patterns of it where it is random. Prints accuracy in the test environment, and what is
+lost of it; draws the first trainer's accuracy over each kind of damage. More flags, such as
+--network CNN, are passed on to exp-mnist.py.
 """
 
-import argparse
-import itertools
+import textwrap
+from pathlib import Path
 from statistics import fmean
 
-from jobs import ROOT, add_scheduler_flag, experiment, run_jobs, save_figure
+from jobs import (
+    Table,
+    check_writable,
+    commit,
+    experiment,
+    run_jobs,
+    save_figure,
+    script_parser,
+    training_flags,
+)
 
 import memristor
 from preprocessing import number, run_command
-from trainer import arguments_of, evaluate, parse_arguments, train
+from register import TRAINERS
+from trainer import evaluate, training_parser, training_settings
 
 CONDITIONS = {
     "crossbar": {},
@@ -36,109 +46,216 @@ CONDITIONS = {
         "adc_resolution": 4,
     },
 }
-RANDOM = {"lrs_proportion", "hrs_proportion", "device_variability"}
+RANDOM = ("lrs_proportion", "hrs_proportion", "device_variability")
 CURVES = {
-    "devices stuck on, %": ("lrs_proportion", (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)),
-    "devices stuck off, %": ("hrs_proportion", (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)),
-    "conductance states": ("conductance_states", (2, 3, 4, 8, 16)),
-    "ADC resolution, bits": ("adc_resolution", (2, 3, 4, 5, 6, 8)),
+    "lrs_proportion": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3),
+    "hrs_proportion": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    "conductance_states": (2, 3, 4, 8, 16),
+    "adc_resolution": (2, 3, 4, 5, 6, 8),
 }
+LABELS = {
+    "lrs_proportion": "devices stuck on, %",
+    "hrs_proportion": "devices stuck off, %",
+    "conductance_states": "conductance states of a device",
+    "adc_resolution": "ADC resolution, bits",
+}
+KINDS = {"plain": "tab:orange", "hardened": "tab:blue"}
+COLUMNS = {"trainer": str, "flags": str, "kind": str, "repetition": int}
+COLUMNS |= {"condition": str, "pattern": int, "accuracy": float, "commit": str}
 
 
 def accuracies(
-    options: tuple[str, ...], hardened: bool, repetition: int, patterns: int, settings: tuple
-) -> list[list[float]]:
-    """Test accuracy digitally, then with each of the crossbar's settings: one for each pattern."""
-    arguments = ["--no_cuda", *options]
-    args = parse_arguments("", arguments)
-    ((data, network, _, training, _),) = experiment(arguments, only=repetition)
-    if hardened:
-        network = memristor.harden(network, training, **arguments_of(train, args))
-    images = memristor.calibration_images(training)
-    measured = [[evaluate(network, data.test)["Accuracy"]]]
-    for setting in map(dict, settings):
-        seeds = range(patterns if RANDOM & setting.keys() else 1)
-        crossbars = (memristor.to_crossbar(network, images, fault_seed=s, **setting) for s in seeds)
-        measured.append([evaluate(crossbar, data.test)["Accuracy"] for crossbar in crossbars])
+    options: tuple[str, ...], kind: str, repetition: int, patterns: int, settings: tuple
+) -> list[tuple]:
+    """(condition, pattern, test accuracy) of one network: digital, then with each of the settings.
+
+    Args:
+        options: arguments as those of exp-mnist.py
+        kind: "plain" or "hardened"
+        repetition: which one
+        patterns: of each random condition; others have one
+        settings: (condition, ((argument of `to_crossbar`, value), ...)) of each condition
+    """
+    args = training_parser().parse_args(options)
+    (trained,) = experiment(list(options), only=repetition)
+    network, test = trained.network, trained.data.test
+    if kind == "hardened":
+        memristor.seed_repetition(args, repetition)
+        network = memristor.harden(network, trained.training, **training_settings(args))
+    images = memristor.calibration_images(trained.training)
+    measured = [("digital", 0, evaluate(network, test)["Accuracy"])]
+    for condition, of_devices in settings:
+        of_devices = dict(of_devices)
+        for pattern in range(patterns_of(of_devices, patterns)):
+            crossbar = memristor.to_crossbar(network, images, fault_seed=pattern, **of_devices)
+            measured.append((condition, pattern, evaluate(crossbar, test)["Accuracy"]))
     return measured
 
 
-def draw(path: str, trainer: str, measured: dict[bool, dict]) -> None:
-    """The figure: for plain (False) and hardened (True) setting → accuracies, in %."""
+def patterns_of(settings: dict, patterns: int) -> int:
+    return patterns if any(settings.get(name) for name in RANDOM) else 1
+
+
+def curve_settings(options: list[str]) -> dict[str, dict]:
+    """Name of a condition → settings, of every point of the curves of these options."""
+    return {f"{option} {value}": {option: value} for option in options for value in CURVES[option]}
+
+
+def compute(
+    table: Table,
+    networks: dict[tuple[str, str, int], dict],
+    options: list[str],
+    patterns: int,
+    scheduler: str | None,
+) -> None:
+    """Add to the table what it lacks.
+
+    Args:
+        table: the table
+        networks: (trainer, kind, repetition) → {condition: settings} to test it in
+        options: more arguments of exp-mnist.py
+        patterns: of each random condition
+        scheduler: address of a Dask cluster, whose workers then do the work
+    """
+    flags, key = " ".join(options), list(COLUMNS)[:-2]
+    known = {tuple(row[name] for name in key) for row in table.rows}
+    jobs, expected = {}, set(known)
+    for (trainer, kind, repetition), conditions in networks.items():
+        row, lacking = (trainer, flags, kind, repetition), []
+        for condition, settings in {"digital": {}, **conditions}.items():
+            rows = {(*row, condition, n) for n in range(patterns_of(settings, patterns))}
+            expected |= rows
+            if not rows <= known and condition != "digital":
+                lacking.append((condition, tuple(settings.items())))
+        if lacking or (*row, "digital", 0) not in known:
+            arguments = ("--trainer", trainer, *options)
+            jobs[arguments, kind, repetition, patterns, tuple(lacking)] = row
+    table.expect(len(expected))
+    of_commit = commit()
+    for job, measured in run_jobs(accuracies, list(jobs), scheduler):
+        rows = []
+        for condition, pattern, accuracy in measured:
+            values = (*jobs[job], condition, pattern, accuracy, of_commit)
+            if values[: len(key)] not in known:
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+        table.add(rows)
+
+
+def select(rows: list[dict], trainer: str, kind: str, condition: str) -> list[float]:
+    """Accuracy of each repetition and pattern, in %."""
+    wanted = (trainer, kind, condition)
+    return [
+        100 * row["accuracy"]
+        for row in rows
+        if (row["trainer"], row["kind"], row["condition"]) == wanted
+    ]
+
+
+def losses(rows: list[dict], trainer: str, kind: str, condition: str) -> list[float]:
+    """What each repetition and pattern loses of the digital accuracy of its network, in points."""
+    lost = []
+    for repetition in {row["repetition"] for row in rows}:
+        of_one = [row for row in rows if row["repetition"] == repetition]
+        digital = select(of_one, trainer, kind, "digital")
+        for accuracy in select(of_one, trainer, kind, condition):
+            lost.append(digital[0] - accuracy)
+    return lost
+
+
+def report(rows: list[dict], trainers: list[str], conditions: list[str]) -> None:
+    """Print a table of accuracies, and one of what is lost against the digital network."""
+    print("Accuracy in the test environment, %: mean (the worst of all repetitions and patterns)\n")
+    print(f"| trainer | training | digital | {' | '.join(conditions)} |")
+    print("| --- " * (3 + len(conditions)) + "|")
+    for trainer in trainers:
+        for kind in KINDS:
+            cells = [trainer, kind, f"{fmean(select(rows, trainer, kind, 'digital')):.1f}"]
+            for condition in conditions:
+                values = select(rows, trainer, kind, condition)
+                cells.append(f"{fmean(values):.1f} ({min(values):.1f})")
+            print(f"| {' | '.join(cells)} |")
+    print("\nPoints lost against the same network's digital result: mean (the most)\n")
+    print(f"| trainer | training | {' | '.join(conditions)} |")
+    print("| --- " * (2 + len(conditions)) + "|")
+    for trainer in trainers:
+        for kind in KINDS:
+            cells = [trainer, kind]
+            for condition in conditions:
+                values = losses(rows, trainer, kind, condition)
+                cells.append(f"{fmean(values):.1f} ({max(values):.1f})")
+            print(f"| {' | '.join(cells)} |")
+
+
+def draw(rows: list[dict], trainer: str, options: list[str], path: Path) -> None:
+    """A panel for each kind of damage."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(CURVES), sharey=True)
-    for axis, (label, (option, values)) in zip(axes, CURVES.items(), strict=True):
-        shown = range(len(values)) if isinstance(values[0], int) else [100 * v for v in values]
-        if isinstance(values[0], int):
+    repetitions = len({row["repetition"] for row in rows})
+    patterns = len({row["pattern"] for row in rows})
+    width = 3 * len(options) + 0.6  # inches
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    caption = (
+        f"{trainer} on crossbars with defects. Points: the mean of {repetitions} trainings, each "
+        f"with {patterns} patterns of broken devices where they are stuck. Bands: from the worst "
+        "of these to the best. Dashed: the same networks, digital. Dotted: chance."
+    )
+    figure.suptitle(textwrap.fill(caption, int(12 * width)), fontsize=10)
+    axes = figure.subplots(1, len(options), sharey=True, squeeze=False)[0]
+    for axis, option in zip(axes, options, strict=True):
+        values = CURVES[option]
+        if isinstance(values[0], int):  # bits and states: at equal distances
+            shown = range(len(values))
             axis.set_xticks(shown, values)
-        for hardened, color in ((False, "tab:orange"), (True, "tab:blue")):
-            rows = [measured[hardened][((option, value),)] for value in values]
-            name = "hardened" if hardened else "plain"
-            axis.plot(shown, [fmean(row) for row in rows], "o-", color=color, label=name)
-            axis.fill_between(shown, [*map(min, rows)], [*map(max, rows)], color=color, alpha=0.25)
-            digital = fmean(measured[hardened]["digital"])
+        else:
+            shown = [100 * value for value in values]
+        for kind, color in KINDS.items():
+            found = [select(rows, trainer, kind, f"{option} {value}") for value in values]
+            axis.plot(shown, [fmean(each) for each in found], "o-", color=color, label=kind)
+            worst, best = [min(each) for each in found], [max(each) for each in found]
+            axis.fill_between(shown, worst, best, color=color, alpha=0.25)
+            digital = fmean(select(rows, trainer, kind, "digital"))
             axis.axhline(digital, color=color, linestyle="--", linewidth=1)
         axis.axhline(50, color="gray", linestyle=":", linewidth=1)
-        axis.set_xlabel(label)
+        axis.set_xlabel(LABELS[option])
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
-    axes[-1].legend(loc="lower left", title=f"{trainer} (dashed: digital)")
+    axes[0].set_ylabel("accuracy in the test environment, %")
+    axes[-1].legend(loc="lower left")
     save_figure(figure, path)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = script_parser(__doc__, "robustness.png", "robustness.csv")
     add, names = parser.add_argument, list(CONDITIONS)
-    add("--trainers", nargs="+", default=["Backdoor", "groupDRO", "IRM"])
-    which = str(names).replace("%", "%%")
+    trainers = "default: Backdoor groupDRO IRM"
+    three = ["Backdoor", "groupDRO", "IRM"]
+    add("--trainers", nargs="+", choices=TRAINERS, default=three, help=trainers)
+    which = f"columns of the table; default: all, {names}".replace("%", "%%")
     add("--conditions", nargs="+", default=names, choices=names, metavar="NAME", help=which)
-    add("--repetitions", type=number(int, 1), default=3)
-    add("--patterns", type=number(int, 1), default=5, help="of each random condition")
-    add("--figure", default=str(ROOT / "figures" / "crossbar.png"), help='"" draws none')
-    add_scheduler_flag(parser)
+    panels = "panels of the figure, of the first trainer; default: all; none: no figure"
+    add("--curves", nargs="*", default=list(CURVES), choices=CURVES, help=panels)
+    add("--repetitions", type=number(int, 1), default=3, help="default: 3")
+    patterns = "of each random condition; default: 5"
+    add("--patterns", type=number(int, 1), default=5, help=patterns)
     args, options = parser.parse_known_args()
-    memristor.check_devices(r_on=1, r_off=2)
-    table = [tuple(CONDITIONS[name].items()) for name in args.conditions]
-    curves = [((option, value),) for option, values in CURVES.values() for value in values]
-    jobs = []
+    memristor.check_devices(r_on=1, r_off=2)  # whether there is MemTorch at all
+    training_flags(options, "trainer", "dataset_path", "save_model")
+    if args.curves:
+        check_writable(args.figure)
+    networks = {}
     for trainer in args.trainers:
-        settings = table
-        if args.figure and trainer == args.trainers[0]:
-            settings = list(dict.fromkeys(table + curves))
-        flags = ("--trainer", trainer, *options)
-        parse_arguments("", [*flags])  # so that a mistake is found before anything is trained
-        for repetition in range(1, args.repetitions + 1):
-            for hardened in (False, True):
-                jobs.append((flags, hardened, repetition, args.patterns, tuple(settings)))
-    results = dict(run_jobs(accuracies, jobs, args.scheduler))
-    print(f"| trainer | training | digital | {' | '.join(args.conditions)} |")
-    print("| --- " * (3 + len(table)) + "|")
-    curves_of, losses = {}, {trainer: [] for trainer in args.trainers}
-    for trainer, hardened in itertools.product(args.trainers, (False, True)):
-        measured = {}  # setting → accuracy of each repetition and pattern, in %
-        for job in jobs:
-            if job[0][1] == trainer and job[1] == hardened:
-                (digital,), *others = results[job]
-                for setting, values in zip(
-                    ("digital", *job[-1]), ([digital], *others), strict=True
-                ):
-                    measured.setdefault(setting, []).extend(100 * value for value in values)
-                    if hardened and setting in table:
-                        name = args.conditions[table.index(setting)]
-                        losses[trainer].append((100 * (digital - min(values)), name))
-        cells = [f"{fmean(measured[key]):.1f} ({min(measured[key]):.1f})" for key in table]
-        kind, digital = "hardened" if hardened else "plain", fmean(measured["digital"])
-        print(f"| {trainer} | {kind} | {digital:.1f} | {' | '.join(cells)} |")
+        conditions = {name: CONDITIONS[name] for name in args.conditions}
         if trainer == args.trainers[0]:
-            curves_of[hardened] = measured
-    print("\nWhat a pattern costs a hardened network at most, in points of its digital result:")
-    for trainer, of_trainer in losses.items():
-        lost, where = max(of_trainer)
-        print(f"- {trainer}: {lost:.1f} ({where})")
-    if args.figure:
-        draw(args.figure, args.trainers[0], curves_of)
+            conditions |= curve_settings(args.curves)
+        for kind in KINDS:
+            for repetition in range(1, args.repetitions + 1):
+                networks[trainer, kind, repetition] = conditions
+    table = Table(args.table, COLUMNS, args.resume)
+    compute(table, networks, options, args.patterns, args.scheduler)
+    print(f"Table: {args.table}\n")
+    rows = [row for row in table.rows if row["flags"] == " ".join(options)]
+    report(rows, args.trainers, args.conditions)
+    if args.curves:
+        draw(rows, args.trainers[0], args.curves, args.figure)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,48 @@
-"""A grid of sample digits: a row for each environment, each digit's label y above it.
+"""A grid of images: a row for each environment, each image's label y above it.
 
 python benchmarks/samples.py
 
-Shows the files in data/ColoredMNIST, which are drawn first if there are none. Draws
-figures/samples.png.
+They are of data of its own, drawn with --seed as those of a first run are.
 """
 
-import argparse
-from pathlib import Path
-
-from jobs import ROOT, save_figure
+import torch
+from jobs import check_writable, fresh_data, save_figure, script_parser
 from matplotlib.figure import Figure
+from torch.nn import functional as F
 
-from dataset import ColoredMNIST
-from preprocessing import ENVIRONMENTS, run_command
+from preprocessing import ENVIRONMENTS, number, run_command
+
+COLUMNS = 12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--dataset_path", type=Path, default=ROOT / "data")
-    parser.add_argument("--figure", type=Path, default=ROOT / "figures" / "samples.png")
+    parser = script_parser(__doc__, "samples.png", scheduler=False)
+    seed = "seed of the data (default: 1234)"
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=1234, help=seed)
     args = parser.parse_args()
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for name, axes in zip(ENVIRONMENTS, figure.subplots(len(ENVIRONMENTS), 12), strict=True):
-        environment = ColoredMNIST(args.dataset_path, name)
-        flipped = (environment.digits.labels != environment.digits.colors).float().mean()
-        axes[0].text(-6, 14, f"{name}\ncolour ≠ y: {flipped:.0%}", ha="right", va="center")
-        for index, axis in enumerate(axes):
+    check_writable(args.figure)
+    data = fresh_data(args.seed)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure.suptitle(
+        f"The first {COLUMNS} images of each environment, and their labels y. A digit below 5 has "
+        "y = 0,\nany other y = 1, but for one in five; beside: how often the colour goes against y",
+        fontsize=10,
+    )
+    print("| environment | images | colour is not y: red is 1 | y = 1 | red |")
+    print("| --- " * 5 + "|")
+    grid = figure.subplots(len(ENVIRONMENTS), COLUMNS)
+    for env, (name, axes) in enumerate(zip(ENVIRONMENTS, grid, strict=True)):
+        samples = data.test if env == 2 else data.training[data.training.envs == env]
+        against = (samples.labels != samples.colors).float().mean()
+        ones, red = samples.labels.mean(), samples.colors.float().mean()
+        print(f"| {name} | {len(samples)} | {against:.1%} | {ones:.1%} | {red:.1%} |")
+        axes[0].text(-6, 14, f"{name}\nagainst y: {against:.0%}", ha="right", va="center")
+        some = samples[torch.arange(COLUMNS)]
+        images = F.pad(some.images.movedim(1, 3), (0, 1))  # blue is 0
+        for axis, image, label in zip(axes, images, some.labels, strict=True):
+            axis.imshow(image.numpy())
+            axis.set_title(f"y = {label:.0f}", fontsize=9)
             axis.axis("off")
-            if index < len(environment):
-                image, label, _ = environment[index]
-                axis.imshow(image)
-                axis.set_title(f"y = {label}", fontsize=9)
     save_figure(figure, args.figure)
 
 

@@ -16,7 +16,16 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 import numpy as np
-from jobs import Table, commit, experiment, run_jobs, save_figure, script_parser, training_flags
+from jobs import (
+    Table,
+    check_writable,
+    commit,
+    experiment,
+    run_jobs,
+    save_figure,
+    script_parser,
+    training_flags,
+)
 
 from dataset import unseen_samples
 from preprocessing import UserError, number, run_command
@@ -24,6 +33,7 @@ from trainer import evaluate
 
 GRADED = {"groupDRO": "tab:green", "IRM": "tab:purple"}
 ENVIRONMENTS = {"test": "test environment", "unseen": "unseen digits"}
+TITLES = {"letter": "to the letter of the assignment", "steady": "with --steady"}
 COLUMNS = {"number": int, "trainer": str, "protocol": str, "repetition": int}
 COLUMNS |= {"test": float, "unseen": float, "commit": str}
 LOOKED_AT = 1000  # the first numbers of the order in which they are drawn
@@ -118,8 +128,11 @@ def draw(rows: list[dict], protocols: list[str], path: Path) -> None:
     """A row of histograms for each protocol, a column for each set of tested samples."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 0.6 + 2.6 * len(protocols)), layout="constrained")
-    figure.suptitle("Accuracy of each student number, the mean of its repetitions", fontsize=11)
+    figure = Figure(figsize=(9, 0.9 + 2.6 * len(protocols)), layout="constrained")
+    figure.suptitle(
+        "Accuracy of each student number: the mean of its repetitions. Arrows: the worst number",
+        fontsize=11,
+    )
     grid = figure.subplots(len(protocols), 2, sharex=True, sharey="row", squeeze=False)
     every = [
         means(select(rows, trainer, protocol), environment)
@@ -132,7 +145,7 @@ def draw(rows: list[dict], protocols: list[str], path: Path) -> None:
     bins = np.arange(int(least), int(most) + 1.1, 0.25)
     for axes, protocol in zip(grid, protocols, strict=True):
         for axis, (environment, title) in zip(axes, ENVIRONMENTS.items(), strict=True):
-            for height, (trainer, color) in zip((0.5, 0.2), GRADED.items(), strict=True):
+            for height, (trainer, color) in zip((0.6, 0.25), GRADED.items(), strict=True):
                 values = means(select(rows, trainer, protocol), environment)
                 axis.hist(list(values.values()), bins, color=color, alpha=0.6, label=trainer)
                 worst = min(values, key=values.get)
@@ -143,12 +156,15 @@ def draw(rows: list[dict], protocols: list[str], path: Path) -> None:
                     (0.02, height),
                     textcoords="axes fraction",
                     color=color,
+                    fontsize=9,
+                    bbox={"color": "white", "pad": 1},
                     arrowprops={"arrowstyle": "->", "color": color},
                 )
-            axis.axvline(60, color="black", linestyle="--", label="60 %: full marks")
-            axis.set_title(f"{title}; protocol: {protocol}", fontsize=10)
+            line = "60 %: full marks"
+            axis.axvline(60, color="black", linestyle="--", zorder=0, label=line)
+            axis.set_title(f"{title}, {TITLES.get(protocol, protocol)}", fontsize=10)
         axes[0].set_ylabel("student numbers")
-        axes[-1].legend(loc="upper left", fontsize=8)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for axis in grid[-1]:
         axis.set_xlabel("accuracy, % (bars of 0.25 points)")
     save_figure(figure, path)
@@ -163,6 +179,7 @@ def main() -> None:
     add("--only", type=number(int, 0, 9999), nargs="+", metavar="NUMBER", help="these numbers")
     add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, compute nothing")
     args, options = parser.parse_known_args()
+    check_writable(args.figure)
     if args.source:
         table = Table(args.source, COLUMNS)
         if not table.rows:
