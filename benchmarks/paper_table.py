@@ -105,39 +105,37 @@ def paper_batch(samples: Samples, grayscale: bool) -> Batch:
     return Batch(Pixels(values, channels), samples.labels, samples.colors, samples.envs)
 
 
-def paper_accuracy(
-    loss: str,
-    hidden_dim: int,
-    learning_rate: float,
-    weight_decay: float,
-    steps: int,
-    grayscale: bool,
-    draw: int,
-) -> tuple[float, float]:
-    """Test accuracy, %, of one training by the paper's protocol on one draw; its seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        draw_environments(Path(folder), seed=draw, **DRAWING)
-        data = load_dataset(folder)
-    start = time.perf_counter()
-    training = paper_batch(data.training, grayscale)
-    test = paper_batch(data.test, grayscale)
-    torch.manual_seed(draw)
+def paper_training(protocol: Protocol, training: Batch, seed: int) -> PaperNetwork:
+    """A network that is trained by the paper's protocol on all samples in each step."""
+    torch.manual_seed(seed)
     pixels = training.images.values.shape[1]
-    network = PaperNetwork(pixels, 1 if grayscale else 2, hidden_dim)
-    loss = IRM(1.0) if loss == "IRM" else ERM()
+    network = PaperNetwork(pixels, 1 if protocol.grayscale else 2, protocol.hidden_dim)
+    loss = IRM(1.0) if protocol.loss == "IRM" else ERM()
     optimizer = torch.optim.Adam(
-        network.phi.parameters(), lr=learning_rate, weight_decay=weight_decay
+        network.phi.parameters(), lr=protocol.learning_rate, weight_decay=protocol.weight_decay
     )
     divisor = 1.0
-    for step in range(steps):
+    for step in range(protocol.steps):
         if step == ANNEALED and isinstance(loss, IRM):
             loss.reg_lambda = divisor = REG_LAMBDA
-            optimizer.param_groups[0]["weight_decay"] = weight_decay / divisor
+            optimizer.param_groups[0]["weight_decay"] = protocol.weight_decay / divisor
         objective = loss(network, training) / divisor
         network.zero_grad()
         objective.backward()
         optimizer.step()
+    return network
+
+
+def paper_accuracy(protocol: tuple, draw: int) -> tuple[float, float]:
+    """Test accuracy, %, of one training by a `Protocol` on one draw, and its seconds."""
+    protocol = Protocol(*protocol)
+    with tempfile.TemporaryDirectory() as folder:
+        draw_environments(Path(folder), seed=draw, **DRAWING)
+        data = load_dataset(folder)
+    start = time.perf_counter()
+    network = paper_training(protocol, paper_batch(data.training, protocol.grayscale), draw)
     seconds = time.perf_counter() - start
+    test = paper_batch(data.test, protocol.grayscale)
     with torch.no_grad():
         return 100 * metrics(network(test.images), test.labels)["Accuracy"], seconds
 
@@ -171,8 +169,8 @@ def main() -> None:
         for name in args.rows:
             steps = min(args.steps, PROTOCOLS[name].steps)
             if (name, steps, draw) not in known:
-                job = (*PROTOCOLS[name]._replace(steps=steps), draw)
-                jobs[job] = name, steps, draw
+                protocol = PROTOCOLS[name]._replace(steps=steps)
+                jobs[tuple(protocol), draw] = name, steps, draw
     table.expect(len(table.rows) + len(jobs))
     of_commit = commit()
     for job, result in run_jobs(paper_accuracy, list(jobs), args.scheduler):

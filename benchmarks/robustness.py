@@ -9,7 +9,6 @@ lost of it; draws the first trainer's accuracy over each kind of damage. More fl
 """
 
 import textwrap
-from pathlib import Path
 from statistics import fmean
 
 from jobs import (
@@ -22,11 +21,12 @@ from jobs import (
     script_parser,
     training_flags,
 )
+from matplotlib.figure import Figure
 
 import memristor
 from preprocessing import number, run_command
 from register import TRAINERS
-from trainer import evaluate, training_parser, training_settings
+from trainer import build, evaluate, training_parser, training_settings
 
 CONDITIONS = {
     "crossbar": {},
@@ -186,10 +186,8 @@ def report(rows: list[dict], trainers: list[str], conditions: list[str]) -> None
             print(f"| {' | '.join(cells)} |")
 
 
-def draw(rows: list[dict], trainer: str, options: list[str], path: Path) -> None:
+def draw(rows: list[dict], trainer: str, options: list[str]) -> Figure:
     """A panel for each kind of damage."""
-    from matplotlib.figure import Figure
-
     repetitions = len({row["repetition"] for row in rows})
     patterns = len({row["pattern"] for row in rows})
     width = 3 * len(options) + 0.6  # inches
@@ -220,7 +218,7 @@ def draw(rows: list[dict], trainer: str, options: list[str], path: Path) -> None
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy in the test environment, %")
     axes[-1].legend(loc="lower left")
-    save_figure(figure, path)
+    return figure
 
 
 def main() -> None:
@@ -238,7 +236,8 @@ def main() -> None:
     add("--patterns", type=number(int, 1), default=5, help=patterns)
     args, options = parser.parse_known_args()
     memristor.check_devices(r_on=1, r_off=2)  # whether there is MemTorch at all
-    training_flags(options, "trainer", "dataset_path", "save_model")
+    network, _ = build(training_flags(options, "trainer", "dataset_path", "save_model"))
+    memristor.check_network(network)
     if args.curves:
         check_writable(args.figure)
     networks = {}
@@ -255,7 +254,7 @@ def main() -> None:
     rows = [row for row in table.rows if row["flags"] == " ".join(options)]
     report(rows, args.trainers, args.conditions)
     if args.curves:
-        draw(rows, args.trainers[0], args.curves, args.figure)
+        save_figure(draw(rows, args.trainers[0], args.curves), args.figure)
 
 
 if __name__ == "__main__":

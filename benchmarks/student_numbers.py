@@ -26,6 +26,7 @@ from jobs import (
     script_parser,
     training_flags,
 )
+from matplotlib.figure import Figure
 
 from dataset import unseen_samples
 from preprocessing import UserError, number, run_command
@@ -124,10 +125,8 @@ def report(rows: list[dict], protocols: list[str]) -> None:
                 print(f"| {' | '.join(map(str, cells))} |")
 
 
-def draw(rows: list[dict], protocols: list[str], path: Path) -> None:
+def draw(rows: list[dict], protocols: list[str]) -> Figure:
     """A row of histograms for each protocol, a column for each set of tested samples."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 0.9 + 2.6 * len(protocols)), layout="constrained")
     figure.suptitle(
         "Accuracy of each student number: the mean of its repetitions. Arrows: the worst number",
@@ -167,7 +166,7 @@ def draw(rows: list[dict], protocols: list[str], path: Path) -> None:
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     for axis in grid[-1]:
         axis.set_xlabel("accuracy, % (bars of 0.25 points)")
-    save_figure(figure, path)
+    return figure
 
 
 def main() -> None:
@@ -196,7 +195,7 @@ def main() -> None:
             if not select(table.rows, trainer, protocol):
                 raise UserError(f"{table.path} has no rows of {trainer}, {protocol}")
     report(table.rows, protocols)
-    draw(table.rows, protocols, args.figure)
+    save_figure(draw(table.rows, protocols), args.figure)
 
 
 if __name__ == "__main__":
