@@ -6,7 +6,6 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import torch
 from torch import Tensor, nn
@@ -159,8 +158,9 @@ def evaluate(network: nn.Module, samples: Samples) -> dict[str, float]:
 def load(args: argparse.Namespace) -> Dataset:
     """Begin the log; the data, on the GPU if there is one and it may be used."""
     if args.save_model:  # what can't be written there is said now, not after the training
-        with written_whole(Path(args.save_model) / "network") as partial:
-            TemporaryFile(dir=partial.parent).close()
+        with written_whole(Path(args.save_model) / file_name(args, args.repetitions)) as partial:
+            partial.touch()
+            partial.unlink()
     use_gpu = torch.cuda.is_available() and not args.no_cuda
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if use_gpu else 'CPU'}")
@@ -295,7 +295,8 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    count, amount = number(int, 1), number(float, 0)
+    # Up to where torch's int64 and float32 hold what a step makes of them.
+    count, amount = number(int, 1, 10**9), number(float, 0, 1e30)
     add("--trainer", default="ERM", choices=TRAINERS, help="how to train")
     add("--network", default="MLP", choices=NETWORKS, help="what to train")
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
@@ -309,14 +310,15 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
 
     add("--iteration", type=count, default=400, help="minibatches to train on")
     add("--batch_size", type=count, default=1024, help="samples in a minibatch")
-    add("--learning_rate", type=number(float, 0, above=True), default=1e-3, help="of Adam")
+    add("--learning_rate", type=number(float, 0, 1e30, above=True), default=1e-3, help="of Adam")
     add("--weight_decay", type=amount, default=0.0, help="L2 coefficient of Adam")
     steady = "average the weights of the last quarter, and clip gradients to a norm of 0.1"
     add("--steady", action="store_true", help=steady)
     add("--evaluation_steps", type=count, default=100, help="iterations from log line to log line")
 
     add("--grayscale", action="store_true", help="hide the colours: the oracle")
-    add("--hidden_dim", type=count, nargs="+", default=[64, 16], help="MLP: units of hidden layers")
+    units = number(int, 1, 10**5)
+    add("--hidden_dim", type=units, nargs="+", default=[64, 16], help="MLP: units of hidden layers")
     add("--bias", action="store_true", help="MLP: give the layers biases")
     drop_rate = "proportion of hidden units dropped while training, 0 to 0.99"
     add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help=drop_rate)
