@@ -34,7 +34,7 @@ right_version() { # PYTHON: whether the packages are to be had for it
 
 watched() { # COMMAND...: say every 15 s how far it is, and how it ended, if it failed
     local log=.venv/setup.log start=$SECONDS status=0 watcher
-    while sleep 15 >/dev/null 2>&1 && kill -0 $$; do # as long as run.sh runs
+    while { sleep 15 && kill -0 $$; } >/dev/null 2>&1; do # as long as run.sh runs
         say "  $((SECONDS - start)) s, .venv has $(du -sm .venv | cut -f 1) MB:" \
             "$(tail -n 1 $log | cut -c 1-70)"
     done &
@@ -76,7 +76,7 @@ set_up() {
             { say "python3 can't make .venv ($apt_install python3-venv)"; exit 1; }
     fi
     say "set-up 2 of 3: downloading and installing what requirements.txt lists"
-    watched "$python" -m pip install -r requirements.txt ||
+    watched "$python" -m pip install -r requirements.txt --progress-bar off ||
         { say "installing requirements.txt failed, as the lines above say"; exit 1; }
     installed >.venv/installed
 }
@@ -109,7 +109,7 @@ set_up_memtorch() { # fails where it can't be had: all but the crossbar works wi
 
 if command -v flock >/dev/null; then # two first runs at once: one of them sets up
     exec 9>>requirements.txt
-    flock -n 9 || { say "waiting, as another run sets up"; flock 9; }
+    flock -n 9 || { say "waiting, as another run sets up"; flock 9 || true; }
 fi
 if [ -n "${PYTHON:-}" ]; then check_python "$@"; else set_up; fi
 crossbar=0

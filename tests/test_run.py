@@ -258,6 +258,14 @@ def test_a_log_that_another_run_replaces_is_kept_and_that_is_said(clone):
         assert f"{name} that was here is kept in data/former_logs/{folder.name}" in trial.stderr
 
 
+def test_a_log_is_there_at_every_moment_of_its_replacement(clone):
+    clone.run()
+    mv = '#!/usr/bin/env bash\n[ -e "${@: -1}" ] || touch gap\nexec /bin/mv "$@"\n'
+    executable(clone.folder / "bin" / "mv", mv)
+    clone.run("--iteration", "1")
+    assert "--iteration 1" in clone.text("IRM_log.txt") and not (clone.folder / "gap").exists()
+
+
 def test_two_runs_at_once_share_nothing_unfinished(clone):
     clone.run()
     (clone.folder / "slow").touch()
@@ -311,9 +319,10 @@ def test_a_memtorch_of_another_torch_is_built_again(clone):
 
 def test_without_a_compiler_all_but_the_crossbar_works(clone, tmp_path_factory):
     path = tmp_path_factory.mktemp("path")
-    for tool in Path(shutil.which("bash")).parent.iterdir():
-        if "g++" not in tool.name:
-            (path / tool.name).symlink_to(tool)
+    for folder in filter(os.path.isdir, os.environ["PATH"].split(":")):
+        for tool in Path(folder).iterdir():
+            if "g++" not in tool.name and not (path / tool.name).is_symlink():
+                (path / tool.name).symlink_to(tool)
     result = clone.run(PATH=str(path))
     assert result.returncode == 0 and result.stdout == table(*LOGS[:4])
     assert "there is no g++" in result.stderr and "apt install g++" in result.stderr
@@ -454,7 +463,9 @@ def test_without_memtorch_the_users_own_python_does_the_rest(clone, own_python):
     result = clone.run(PYTHON=own_python)
     assert result.returncode == 0 and result.stdout == table(*LOGS[:4])
     line = result.stderr.splitlines()[0]
-    assert "no crossbar" in line and "No module named 'memtorch'" in line and "memtorch-cpu==" in line
+    assert (
+        "no crossbar" in line and "No module named 'memtorch'" in line and "memtorch-cpu==" in line
+    )
     assert not clone.calls("pip")
 
 
