@@ -13,6 +13,8 @@ import pytest
 
 # On busy cores torch's threads wait for each other: tests take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# argparse breaks its lines by the terminal's width, and Python 3.14 colours them.
+os.environ |= {"COLUMNS": "100", "PYTHON_COLORS": "0"}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
