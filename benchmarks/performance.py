@@ -49,6 +49,14 @@ start = time.perf_counter()
 preprocessing.draw_environments(preprocessing.Path(sys.argv[2]))
 print(time.perf_counter() - start)
 """
+# In a small process of its own: a process's peak is at least that of the one that started it.
+COMMAND = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
+_, status, usage = os.wait4(process.pid, 0)
+print(time.perf_counter() - start, usage.ru_maxrss / 1024, status)
+"""
 
 
 def seconds_printed(code: str, *arguments: Path) -> float:
@@ -59,12 +67,11 @@ def seconds_printed(code: str, *arguments: Path) -> float:
 def whole_command(checkout: Path, arguments: list[str]) -> tuple[float, float]:
     """Seconds and peak memory (MiB) of exp-mnist.py in a checkout, imports included."""
     command = [sys.executable, "exp-mnist.py", *arguments]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=checkout, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    measured = subprocess.check_output([sys.executable, "-c", COMMAND, *command], cwd=checkout)
+    seconds, peak, status = map(float, measured.split())
     if status:
         raise UserError(f"{' '.join(command[1:])} failed in {checkout}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return seconds, peak
 
 
 def training(options: list[str], runs: int, against: Path | None) -> None:
