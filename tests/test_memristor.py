@@ -747,6 +747,15 @@ def test_each_fault_seed_has_stuck_devices_of_its_own(summary_of):
     assert summaries[0] != summaries[1] == summaries[2]
 
 
+def test_a_crossbar_that_always_decides_alike_is_pointed_out(logs, in_process):
+    """Its currents are too small for the ADC."""
+    flags = ("--r_on", 1e8, "--r_off", 1e9, "--max_input_voltage", 1e-9)
+    result = in_process(
+        "memristor.py", "--load_model", saved(logs, "IRM", False)[0], *TILES, *flags
+    )
+    assert_warned(result, "Crossbar test result", "constant predictor")
+
+
 def test_harden_changes_the_network(logs):
     assert logs["IRM", True][-1] != logs["IRM", False][-1]
     assert logs["IRM", True][-2] != logs["IRM", False][-2]
@@ -760,14 +769,16 @@ def test_harden_changes_the_network(logs):
         (("--adc_resolution", 17), ("--adc_resolution", "'17'")),
         (("--lrs_proportion", 1.5), ("--lrs_proportion",)),
         (("--hrs_proportion", -0.1), ("--hrs_proportion",)),
-        (("--r_on", 0), ("--r_on",)),
+        (("--r_on", 1e-300), ("--r_on",)),
         (("--r_off", 0), ("--r_off",)),
         (("--tile_shape", 0, 128), ("--tile_shape",)),
         (("--tile_shape", 128), ("--tile_shape",)),
         (("--tile_shape", 100000, 100000), ("--tile_shape", "1 to 1024")),
         (("--tile_shape", 128, 1025), ("--tile_shape", "1 to 1024")),
         (("--max_input_voltage", 0), ("--max_input_voltage",)),
+        (("--max_input_voltage", 1e39), ("--max_input_voltage",)),
         (("--conductance_states", 1), ("--conductance_states",)),
+        (("--conductance_states", 10**400), ("--conductance_states",)),
         (("--device_variability", "nan"), ("--device_variability",)),
         (("--fault_seed", -1), ("--fault_seed",)),
         (("--load_model",), ("--load_model",)),
