@@ -4,6 +4,7 @@ import ast
 import math
 import os
 import re
+import subprocess
 import time
 import warnings
 
@@ -476,7 +477,7 @@ def test_no_text_of_a_log_or_its_name_moves_the_cursor(check):
     logs = {name: log_text(trainer="IRM\n\x1b[1A", network="\x1b[2J"), "\x1b[1A": "cut off"}
     rows, _, faults, status = check(logs)
     assert len(rows) == 1 and len(faults) == 1 and status == 1
-    assert "\x1b" not in str(rows) + str(faults)
+    assert "\x1b" not in "".join([*rows[0], *faults])
     assert rows[0][0] == "IRM??[1A" and rows[0][-1].startswith("b??[2J.txt  (network is ?[2J")
 
 
@@ -502,13 +503,17 @@ def test_a_real_log_is_checked(in_process, small_files, check):
 
 
 def test_the_command(command, in_process, tmp_path):
-    """As a process, where standard output can't take every character."""
+    """As a process, where standard output can't take every character: what is wrong comes last."""
     (tmp_path / "IRM_log.txt").write_text(log_text(), "utf-8")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    result = command("metric.py", "IRM_log.txt", "没有.txt", cwd=tmp_path, env=ascii_only)
+    streams = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    logs = ("IRM_log.txt", "没有.txt")
+    result = command("metric.py", *logs, cwd=tmp_path, env=ascii_only, **streams)
     assert result.returncode == 1
-    assert result.stdout.splitlines()[1].split()[:4] == ["IRM", "70.000", "%", "?"]
-    assert len(result.stderr.splitlines()) == 1 and "No such file" in result.stderr
+    heading, row, fault = result.stdout.splitlines()
+    assert heading.startswith("trainer ")
+    assert row.split()[:4] == ["IRM", "70.000", "%", "?"]
+    assert fault.startswith("metric.py: ") and fault.endswith(": No such file or directory")
     usage = in_process("metric.py")
     assert usage.returncode == 2 and usage.stderr.startswith("usage: ")
 
@@ -529,7 +534,7 @@ def test_long_lines_take_no_time(check, piece):
     many = piece * (3_000_000 // len(piece))
     start = time.process_time()
     texts = [many, f"Summary: {many}", log_text().replace("drawn with", many)]
-    texts += [framework_text(f"{many}x"), with_arguments(many)]
+    texts += [framework_text(f"{many}x"), with_arguments(f"{many}1")]
     for text in texts:
         check({"IRM_log.txt": text})
     assert time.process_time() - start < 3
