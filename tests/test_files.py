@@ -395,6 +395,7 @@ def test_what_is_whole_and_unknown_is_not_called_damaged(folder, content, what):
         lambda images, labels, envs: [images[:, :2351], labels, envs],
         lambda images, labels, envs: [images.long(), labels, envs],
         lambda images, labels, envs: [images + 0.01, labels, envs],
+        lambda images, labels, envs: [images + 0.003, labels, envs],  # a quarter of a grey level
         lambda images, labels, envs: [images * float("nan"), labels, envs],
         lambda images, labels, envs: [images, labels + 1, envs],
         lambda images, labels, envs: [images, labels, envs + 5],
@@ -505,13 +506,15 @@ def draw(path):
 def test_killed_while_drawing(processes, tmp_path):
     """SIGKILL at many moments; the next run draws whole files and clears the leftovers away."""
     states = set()
-    for wait in range(8):
-        path = tmp_path / str(wait)
+    for count in (0, 0, 1, 2, 3, 4, 4):  # files that are there: the lock, and those drawn so far
+        path = tmp_path / str(len(os.listdir(tmp_path)))
         process = processes.Process(target=draw, args=(path,))
         process.start()
-        while process.is_alive() and not (path / ".lock").exists():
+        while process.is_alive():
+            with contextlib.suppress(FileNotFoundError):  # a folder that was just renamed
+                if len(files(path)) >= count:
+                    break
             time.sleep(0.002)
-        time.sleep(wait * 0.05)
         process.kill()
         process.join()
         left = files(path)

@@ -358,6 +358,10 @@ def test_unseen_samples_are_of_the_test_environment(data):
     other_color = unseen.images[torch.arange(10000), unseen.colors]
     assert not other_color.any()
     assert same(unseen_samples(), unseen)
+    # With the first seed that is no student number, so that figures can be had again.
+    drawn = color_digits(images, digits, 0.2, 0.9, torch.Generator().manual_seed(10000))
+    assert torch.equal(unseen.labels, drawn["labels"].float())
+    assert torch.equal(unseen.colors, drawn["colors"].long())
 
 
 def test_partial_files_have_names_of_their_own(tmp_path):
