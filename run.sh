@@ -86,6 +86,7 @@ set_up() {
 set_up_memtorch() { # fails where it can't be had: all but the crossbar works without it
     local needed=("setuptools<82" wheel ninja scipy pandas matplotlib)
     local options=(--no-deps --no-build-isolation --no-cache-dir)
+    local path=$PWD/.venv/bin:$PATH # for ninja, without which one file is compiled at a time
     if imports memtorch; then return; fi
     if [ -n "${PYTHON:-}" ]; then
         say "no crossbar, as PYTHON=$python can't import memtorch ($reason):" \
@@ -96,7 +97,8 @@ set_up_memtorch() { # fails where it can't be had: all but the crossbar works wi
     say "set-up 3 of 3: building MemTorch, 2 to 5 minutes, as .venv can't import it ($reason)"
     if ! command -v g++ >/dev/null; then
         say "there is no g++ ($apt_install g++ python3-dev)"
-    elif ! watched "$python" -m pip install --force-reinstall "${options[@]}" "$memtorch"; then
+    elif ! PATH=$path watched "$python" -m pip install --force-reinstall "${options[@]}" \
+        "$memtorch"; then
         say "MemTorch can't be built, as the lines above say ($apt_install g++ python3-dev)"
     elif ! imports memtorch; then
         say "MemTorch is built, but can't be imported: $reason"

@@ -25,6 +25,7 @@ case "$*" in
         if [ -e offline ]; then echo "No matching distribution"; exit 1; fi ;;
     *memtorch-cpu*)
         if [ -e broken ]; then echo "fatal error: Python.h is missing"; exit 1; fi
+        command -v ninja >ninja
         touch "$folder/memtorch" ;;
     *"import memtorch"*)
         echo "Traceback (most recent call last):" >&2
@@ -303,6 +304,12 @@ def test_a_failed_build_of_memtorch_says_why_and_is_tried_again(clone):
     assert clone.run().stdout == table(*LOGS)
     assert len(clone.calls("memtorch-cpu")) == 2
     assert "building" not in clone.run().stderr
+
+
+def test_memtorch_is_built_with_the_environments_ninja(clone):
+    executable(clone.folder / ".venv" / "bin" / "ninja", "#!/usr/bin/env bash\n")
+    clone.run()
+    assert clone.text("ninja") == f"{clone.folder}/.venv/bin/ninja\n"
 
 
 def test_a_memtorch_of_another_torch_is_built_again(clone):
