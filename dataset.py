@@ -26,7 +26,7 @@ from preprocessing import (
 
 MEAN, STD = 0.1307, 0.3081  # of value / 255, red and green; blue is 0 throughout
 CHUNK = 2000  # images passed through a network at a time when there are many
-NOT_RGB = "its images are not two or more RGB ones of 28 x 28, or not of the type they should have"
+NOT_RGB = "it must hold two or more RGB images of 28 x 28 pixels, of bytes"
 DRAWN_WITH = ("p_f", "p_e", "sizes", "shuffle_digits", "seed")  # as `draw_environments` notes
 UNSEEN_SEED = 10000  # the first that is no student number
 
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 
 @dataclass
 class Samples:
-    """Samples as bytes on the device. `samples[3]`, `samples[:16]` and `samples[mask]` are, too."""
+    """Samples on the device, images as bytes; indexed by an int, a slice, positions or a mask."""
 
     images: Tensor  # (N, 2, 28, 28) uint8, red and green
     labels: Tensor  # (N,) float32
@@ -80,7 +80,10 @@ class Samples:
         return Batch(images, self.labels, self.colors, self.envs)
 
     def chunks(self) -> Iterator[Batch]:
-        """All samples in order, in batches of nearly the same size, `CHUNK` at most."""
+        """All samples in order, in batches of nearly the same size, `CHUNK` at most.
+
+        Nearly the same, as `torch.optim.swa_utils.update_bn` gives all batches the same weight.
+        """
         count = math.ceil(len(self) / CHUNK)
         size = math.ceil(len(self) / count)
         for start in range(0, len(self), size):
@@ -137,9 +140,9 @@ class Dataset(NamedTuple):
 def load_dataset(
     dataset_path: str | Path = "data", seed: int = 1234, device: str | torch.device = "cpu"
 ) -> Dataset:
-    """The data in `dataset_path`/ColoredMNIST, on a device.
+    """Load `dataset_path`/ColoredMNIST onto a device; draw it first, with `seed`, if it is absent.
 
-    They are drawn with `seed` if there are none. Raises UserError if they can't be used.
+    Raises UserError if the data can't be used.
     """
     folder = Path(dataset_path) / "ColoredMNIST"
     drawn_now = draw_environments(Path(dataset_path), seed=seed)
@@ -191,6 +194,9 @@ def unseen_samples() -> Samples:
     return Samples(
         drawn["images"][:, :2].contiguous(), drawn["labels"].float(), drawn["colors"].long(), envs
     )
+
+
+# Files of the project's own form and of others.
 
 
 def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
@@ -305,7 +311,7 @@ def denormalized(images: Tensor) -> Tensor:
     mean = torch.tensor([[MEAN], [MEAN], [0]])
     levels = (images.unflatten(1, (3, 784)) * STD + mean) * 255
     grey = levels.round().clamp(0, 255)
-    if not (levels - grey).abs().max() <= 0.05:  # so put, nan is refused as well
+    if not (levels - grey).abs().max() <= 0.05:  # so written, nan is refused as well
         raise UserError("its images are not normalised as assigned")
     return grey.to(torch.uint8).view(-1, 3, 28, 28)
 
@@ -317,7 +323,8 @@ def checked_samples(images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor
     for name, values in (("labels", labels), ("colours", colors)):
         if values.shape != images.shape[:1] or not set(values.tolist()) <= {0, 1}:
             raise UserError(f"its {name} are not 0 or 1, one for each image")
-    other_channel = images[torch.arange(len(images)), colors.long()]  # 1 is red: then it is green
+    # Colour 1, red, is channel 0, so the channel whose number is the colour must be empty.
+    other_channel = images[torch.arange(len(images)), colors.long()]
     if other_channel.any() or images[:, 2].any():
         raise UserError("a digit is not in its colour's channel alone")
     return Samples(images[:, :2].contiguous(), labels.float(), colors.long(), envs.long())
@@ -348,8 +355,9 @@ STAND_INS = [
 class ColoredMNIST(torch.utils.data.Dataset):
     """The data with torchvision's dataset interface, for a training loop of one's own.
 
-    `root` is the folder of the folder ColoredMNIST, `env` train1, train2, test or all_train. Items
-    are (PIL image, label, colour), the first two transformed, colour 1 for red and 0 for green.
+    `root` is the folder that contains ColoredMNIST, which is drawn with seed 1234 if it is absent;
+    `env` is train1, train2, test or all_train. Items are (PIL image, label, colour), the first two
+    transformed, colour 1 for red and 0 for green.
     """
 
     def __init__(self, root="data", env: str = "train1", transform=None, target_transform=None):

@@ -1,4 +1,7 @@
-"""Train on train1 and train2, report on test. (The optimizer is in trainer.py's `train`.)
+"""Train on train1 and train2, test on test, several times.
+
+The data are in dataset.py (`load_dataset`), network and losses in model.py, the optimizer and the
+training loop in trainer.py (`train`), the repetitions and their seeds there too (`repetitions`).
 
 python exp-mnist.py --seed 1234 --trainer IRM > IRM_log.txt
 """
@@ -28,6 +31,8 @@ def main() -> None:
         train(network, loss, training, validation, **training_settings(args))
 
         logits, recolored = predict(network, test), predict(network, test.recolored())
+        # Beyond the assignment: each label in each colour, and the share of the decisions that
+        # change if the colour does.
         groups = group_accuracies(logits, test.labels, test.colors)
         results.append(metrics(logits, test.labels))
         flip_rates.append(((logits > 0) != (recolored > 0)).double().mean().item())
@@ -36,7 +41,7 @@ def main() -> None:
         print(f"Worst group: {min(groups.values())}")
         print(f"Flip rate: {flip_rates[-1]}", flush=True)
         if (logits > 0).unique().numel() == 1:
-            warn(f"repetition {repetition} decides alike on all test images: a constant predictor")
+            warn(f"repetition {repetition} predicts the same label for all test images")
         save(args, repetition, network, loss, data)
 
     print(f"Mean flip rate: {fmean(flip_rates)}")

@@ -1,8 +1,9 @@
 """The networks, and one class for each way of training them.
 
-Symbols: Φ(x) is the logit of an image x, w = 1 the output layer behind it, e an environment, y the
-label, z the colour, σ the logistic function, R_e the risk of an environment in the minibatch: its
-mean binary cross entropy, which the assignment calls L_e.
+Symbols, as in the assignment: Φ(x) is the logit of an image x, w = 1 the output layer that
+multiplies it, e an environment, y the label, L_e the risk of an environment in the minibatch, which
+is the mean binary cross entropy of its samples. Besides, z is the colour and σ the logistic
+function.
 """
 
 from typing import Literal
@@ -18,7 +19,8 @@ class Network(nn.Module):
     """Layers `phi`, then the `output_layer`, a scalar that is 1 and stays 1.
 
     Args:
-        phi: from images (N, channels, 28, 28) to logits (N, 1); two channels, one if `grayscale`
+        phi: layers from images (N, 2, 28, 28), red and green, to logits (N, 1); from (N, 1, 28, 28)
+            with `grayscale`
         grayscale: hide the colours
     """
 
@@ -67,6 +69,8 @@ class MLP(Network):
                 layers.append(nn.Dropout(drop_rate))
             inputs = width
         layers.append(nn.Linear(inputs, 1, bias))
+        # The same as the assignment's 2352 inputs: weights are drawn for these, within ±1/√2352,
+        # and then those of blue, which is 0 in every image, are taken away.
         if not grayscale:
             drop_blue(layers[1])
         super().__init__(nn.Sequential(*layers), grayscale)
@@ -115,10 +119,11 @@ def drop_blue(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 class Loss(nn.Module):
-    """What a training minimises: `loss(network, batch)` is a scalar. State stands in buffers.
+    """What a training minimises: `loss(network, batch)` returns a scalar.
 
-    A loss of one's own has a `forward(self, network, batch)`; it may use the network's logits,
-    `network(batch.images)`, or whatever else it needs. State changes in training mode only.
+    A loss of one's own has a `forward(self, network, batch)` and a line in register.py. It calls
+    the network itself, so it can use logits, features or whatever it needs. State stands in buffers
+    (`register_buffer`) and changes in training mode only (`self.training`).
     """
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -126,7 +131,7 @@ class Loss(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
 
     def risks(self, logits: Tensor, batch: Batch) -> Tensor:
-        """R_e of each environment that the batch has a sample of, in the order of `present`."""
+        """L_e of each environment that the batch has a sample of, in the order of `present`."""
         losses = self.losses(logits, batch)
         return torch.stack([losses[batch.envs == e].mean() for e in self.present(batch)])
 
@@ -136,7 +141,7 @@ class Loss(nn.Module):
 
 
 class ERM(Loss):
-    """Empirical risk minimisation (assignment, equations 2 and 3): the mean of R_e over e."""
+    """Empirical risk minimisation (assignment, equations 2 and 3): the mean of L_e over e."""
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
         return self.risks(network(batch.images), batch).mean()
@@ -145,9 +150,9 @@ class ERM(Loss):
 class GroupDRO(Loss):
     """Group DRO: distributionally robust (Sagawa et al. 2019, arXiv:1911.08731, Algorithm 1).
 
-    q starts uniform. In each step q_e ← q_e exp(η R_e), then q is renormalised, and Σ q_e R_e is
-    minimised with q held constant. The q_e of an environment that a minibatch lacks is not
-    multiplied.
+    q starts uniform. In each step q_e ← q_e exp(η L_e), then q is renormalised, and Σ q_e L_e is
+    minimised with q held constant. Where a minibatch lacks an environment, its q_e changes by the
+    renormalisation alone.
 
     Args:
         eta: step size η of the weights q
@@ -162,7 +167,7 @@ class GroupDRO(Loss):
         risks = self.risks(network(batch.images), batch)
         present = self.present(batch)
         if self.training:
-            log_q = self.q.log()  # as exp(η R_e) can overflow
+            log_q = self.q.log()  # as exp(η L_e) can overflow; softmax renormalises
             log_q[present] += self.eta * risks.detach()
             self.q = log_q.softmax(0)
         return (self.q[present] * risks).sum()
@@ -171,7 +176,7 @@ class GroupDRO(Loss):
 class IRM(Loss):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019, arXiv:1907.02893; assignment, (4)).
 
-    The mean of R_e over e, plus λ times the mean over e of (∂R_e(w · Φ)/∂w at w = 1)². This w is
+    The mean of L_e over e, plus λ times the mean over e of (∂L_e(w · Φ)/∂w at w = 1)². This w is
     the network's `output_layer`.
 
     Args:
@@ -198,15 +203,17 @@ class Backdoor(Loss):
     backdoor criterion. Hence
 
     1. P(y | do(x)) = Σ_s P(y | do(x), s) P(s | do(x)), by the law of total probability,
-    2. P(s | do(x)) = P(s), as s is no effect of x,
+    2. P(s | do(x)) = P(s), as x does not cause s,
     3. P(y | do(x), s) = P(y | x, s), as no backdoor path is open once s is given,
     4. P(y | do(x)) = Σ_s P(y | x, s) P(s).
 
-    An image shows its colour, so P(y | x, s) is never observed for the other one. An assumption
-    carries it over: once the label is known, the digit says nothing about s. By Bayes' rule the log
-    odds of P(y = 1 | x, s) are then Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and one
-    Φ for all strata (prior correction, King & Zeng 2001). Training fits that by maximum likelihood
-    and counts o_s and P(s) on the way; `probability` computes step 4.
+    An image shows one colour, so P(y | x, s) is observed for strata of that colour only. Assumed:
+    once the label is known, the digit says nothing about s. Then, by Bayes' rule, the log odds of
+    P(y = 1 | x, s) are Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and one Φ for all
+    strata (prior correction, King & Zeng 2001). Training fits Φ by maximum likelihood, and counts
+    o_s and P(s) in the minibatches. `probability` computes step 4. The commands decide by Φ(x) > 0,
+    as for the other trainers, which is P(y = 1 | do(x)) > 1/2 where the offsets of the colours are
+    each other's negatives, as they nearly are here.
 
     Balancing is the adjustment of another graph, s → x, s → y, y → x: each sample counts
     1 / P(y | s), which gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little &
@@ -219,8 +226,8 @@ class Backdoor(Loss):
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         super().__init__()
         self.adjustment = adjustment
-        # Samples seen so far, of each stratum s = 2 e + z and each label. Half a sample to begin
-        # with keeps the odds finite.
+        # Samples seen so far, of each stratum s = 2 e + z and each label. They start at a half, so
+        # that the odds are finite.
         self.register_buffer("counts", torch.full((4, 2), 0.5))
 
     @property
@@ -243,5 +250,5 @@ class Backdoor(Loss):
         if self.adjustment == "offset":
             return self.losses(logits + self.offsets[strata], batch).mean()
         p_y = self.counts / self.counts.sum(1, keepdim=True)  # P(y | s)
-        weights = 1 / p_y[strata, labels]  # their mean is 2
+        weights = 1 / p_y[strata, labels]  # 2 on average, hence the division below
         return (weights * self.losses(logits, batch)).mean() / 2

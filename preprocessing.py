@@ -50,10 +50,12 @@ def draw_environments(
     shuffle_digits: bool = False,
     seed: int = 1234,
 ) -> bool:
-    """Draw `dataset_path`/ColoredMNIST unless it has files: True if drawn. UserError if that fails.
+    """Draw the files of `dataset_path`/ColoredMNIST unless it has files; returns whether it drew.
+
+    Raises UserError if that fails.
 
     Args:
-        dataset_path: folder of the folder ColoredMNIST
+        dataset_path: folder that contains ColoredMNIST
         p_f: probability of flipping a label, 0 to 1
         p_e: probabilities that the colour is not the label, 0 to 1, of train1, train2 and test
         sizes: digits of train1, train2 and test, in MNIST's order
@@ -86,7 +88,7 @@ def draw_environments(
         if folder.exists():  # with hidden files such as .gitkeep in it
             shutil.copytree(folder, partial, dirs_exist_ok=True)
             shutil.rmtree(folder)
-        partial.replace(folder)
+        partial.replace(folder)  # now, as long as the lock is held
     return True
 
 
@@ -141,11 +143,11 @@ def torchvision_mnist(train: bool) -> tuple[Tensor, Tensor]:
         ) from None
 
 
-# What all commands share.
+# What all commands share; it stands here, as the list of files is fixed.
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; the message is the one line that they see."""
+    """A mistake that the user can mend; its message is shown in one line, without a traceback."""
 
 
 def warn(text: str) -> None:
@@ -172,9 +174,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield where to write a file or a folder; a clean exit renames it to `path`.
+    """Write atomically: yield a path beside `path`, which is renamed to `path` after a success.
 
-    What killed runs of this machine left is removed. Raises UserError if anything can't be written.
+    What killed runs on this machine left is removed. Raises UserError if it can't be written.
     """
     own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     partial = path.with_name(f".{path.name}.{own}.partial")
@@ -208,8 +210,8 @@ def is_running(process: int) -> bool:
         os.kill(process, 0)  # signal 0 is only checked
     except ProcessLookupError:
         return False
-    except PermissionError:  # it runs as somebody else
-        return True
+    except PermissionError:
+        pass  # it runs as another user
     return True
 
 
@@ -249,7 +251,7 @@ def main() -> None:
         allow_abbrev=False,
     )
     add, proportion = parser.add_argument, number(float, 0, 1)
-    add("--dataset_path", type=Path, default=Path("data"), help="folder of the folder ColoredMNIST")
+    add("--dataset_path", type=Path, default=Path("data"), help="folder that contains ColoredMNIST")
     add("--p_f", type=proportion, default=P_F, help="probability of flipping a label")
     flip = "probabilities that the colour is not the label, of train1, train2 and test"
     add("--p_e", type=proportion, nargs=3, default=P_E, help=flip)

@@ -55,12 +55,12 @@ def train(
     optimizer = torch.optim.Adam(
         network.phi.parameters(), lr=learning_rate, weight_decay=weight_decay
     )
-    average = AveragedModel(network)
+    average = AveragedModel(network) if steady else None
     batches = training.minibatches(batch_size)
-    for step in tqdm(range(1, iteration + 1), disable=None, leave=False):
+    for step in tqdm(range(1, iteration + 1), disable=None, leave=False):  # None: in a terminal
         batch = next(batches)
         objective = loss(network, batch)
-        network.zero_grad()
+        network.zero_grad()  # all of it, as the output layer gets gradients, too
         objective.backward()
         if steady:
             nn.utils.clip_grad_norm_(network.phi.parameters(), 0.1)
@@ -73,40 +73,9 @@ def train(
             report(step, objective, network, loss, batch, validation)
     if steady:
         network.load_state_dict(average.module.state_dict())
-        update_bn(training.chunks(), network)
+        update_bn(training.chunks(), network)  # for a network that has batch normalisation
     loss.eval()
     return network.eval()
-
-
-class Watched(Loss):
-    """A loss for `train` that also calls `note(steps)` after 0, `every`, 2 `every`, ... steps.
-
-    `note` can evaluate the network as it is then. If it draws no random numbers of torch, the
-    training is the same as unwatched, bit for bit.
-
-    Args:
-        loss: what is minimised
-        every: steps from call to call
-        note: gets the number of steps done so far
-    """
-
-    def __init__(self, loss: Loss, every: int, note: Callable[[int], object]):
-        super().__init__()
-        self.loss = loss
-        self.every = every
-        self.note = note
-        self.steps = 0
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.loss.losses(logits, batch)
-
-    def forward(self, network: Network, batch: Batch) -> Tensor:
-        if self.training:
-            if self.steps % self.every == 0:
-                self.note(self.steps)
-                network.train()  # as `evaluate` leaves it in evaluation mode
-            self.steps += 1
-        return self.loss(network, batch)
 
 
 def strengths(loss: Loss) -> list[str]:
@@ -124,7 +93,11 @@ def report(
     batch: Batch,
     validation: Samples | None,
 ) -> None:
-    """The log's line on the training so far: of its minibatch, and of the validation samples."""
+    """The log's line: this step's objective, then figures of the network that it led to.
+
+    These are each environment's loss in the same minibatch, and the metrics on the validation
+    samples.
+    """
     network.eval()  # so that this draws no random numbers of dropout
     train1, train2 = "–", "–"  # for an environment that the minibatch lacks
     for e, risk in zip(loss.present(batch), loss.risks(network(batch.images), batch), strict=True):
@@ -177,9 +150,10 @@ def load(args: argparse.Namespace) -> Dataset:
 def repetitions(
     args: argparse.Namespace, data: Dataset
 ) -> Iterator[tuple[int, Network, Loss, Samples, Samples | None]]:
-    """Yield (repetition, network, loss, training, validation), ready to train, of each repetition.
+    """Yield each repetition's (repetition, network, loss, training, validation), untrained.
 
-    Each has a seed of its own: of what is held out, of the initial weights and of the training.
+    Each sets a seed of its own, which decides what is held out, the initial weights and the order
+    of the minibatches.
     """
     for repetition in range(1, args.repetitions + 1):
         torch.manual_seed(1000 * args.seed + repetition - 1)
@@ -189,7 +163,10 @@ def repetitions(
 
 
 def build(args: argparse.Namespace) -> tuple[Network, Loss]:
-    """The network, of weights drawn anew, and the loss that the command line asks for."""
+    """The network, of weights drawn anew, and the loss that the command line asks for.
+
+    A flag reaches a class by the parameter of its name: `--eta` is `GroupDRO(eta)`.
+    """
     network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
     return network(**arguments_of(network, args)), loss(**arguments_of(loss, args))
 
@@ -201,7 +178,10 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
 
 
 def training_settings(args: argparse.Namespace) -> dict:
-    """Those of the command line's arguments that `train` takes."""
+    """Those of the command line's arguments that `train` takes.
+
+    By hand, as its `network` and `validation` are not what the flags of these names are.
+    """
     return {
         "iteration": args.iteration,
         "batch_size": args.batch_size,
@@ -287,21 +267,56 @@ def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
     return network.eval(), loss.eval(), saved
 
 
+class Watched(Loss):
+    """A loss for `train` that calls `note(steps)` after 0, `every`, 2 `every`, ... steps.
+
+    `note` can evaluate the network, say. The training is the same, bit for bit, as long as `note`
+    draws no random numbers of torch.
+
+    Args:
+        loss: what is minimised
+        every: steps from call to call
+        note: gets the number of steps done so far
+    """
+
+    def __init__(self, loss: Loss, every: int, note: Callable[[int], object]):
+        super().__init__()
+        self.loss = loss
+        self.every = every
+        self.note = note
+        self.steps = 0
+
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        return self.loss.losses(logits, batch)
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        if self.training:
+            if self.steps % self.every == 0:
+                self.note(self.steps)
+                network.train()  # as `evaluate` leaves it in evaluation mode
+            self.steps += 1
+        return self.loss(network, batch)
+
+
 def training_parser(description: str = "") -> argparse.ArgumentParser:
-    """All flags of a training; the defaults are the assignment's protocol."""
+    """All flags of a training; the defaults are the assignment's protocol.
+
+    They stand in `train` and in the classes of model.py, too; a test compares them.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    # Up to where torch's int64 and float32 hold what a step makes of them.
+    # Above these bounds int64 or float32 would overflow within a step.
     count, amount = number(int, 1, 10**9), number(float, 0, 1e30)
-    add("--trainer", default="ERM", choices=TRAINERS, help="how to train")
-    add("--network", default="MLP", choices=NETWORKS, help="what to train")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="seed of all random draws")
+    add("--trainer", default="ERM", choices=TRAINERS, help="the objective")
+    add("--network", default="MLP", choices=NETWORKS, help="the architecture")
+    seed = "seed of the repetitions, and of the data if they are drawn now"
+    add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help=seed)
     add("--repetitions", type=count, default=3, help="trainings, each with its own draws")
-    path = "folder of the folder ColoredMNIST"
+    path = "folder that contains ColoredMNIST"
     add("--dataset_path", type=os.path.normpath, default="data", help=path)
     validation = "proportion of the training samples held out for the log, 0 to 0.9"
     add("--validation", type=number(float, 0, 0.9), default=0.2, help=validation)
@@ -316,7 +331,7 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--steady", action="store_true", help=steady)
     add("--evaluation_steps", type=count, default=100, help="iterations from log line to log line")
 
-    add("--grayscale", action="store_true", help="hide the colours: the oracle")
+    add("--grayscale", action="store_true", help="hide the colours: the oracle to compare with")
     units = number(int, 1, 10**5)
     add("--hidden_dim", type=units, nargs="+", default=[64, 16], help="MLP: units of hidden layers")
     add("--bias", action="store_true", help="MLP: give the layers biases")
