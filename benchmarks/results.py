@@ -6,7 +6,8 @@ python benchmarks/results.py --seeds $(seq 40000 40009)
 The first is what `OMP_NUM_THREADS=1 python exp-mnist.py --no_cuda`, with a row's flags, prints:
 three repetitions of seed 1234, mean and population standard deviation. The second trains once with
 each seed, on that seed's own draw of the data; these are no student numbers. The CNN takes long:
-only the first seed trains it, to the letter. More flags are passed on to exp-mnist.py.
+only the first seed trains it, to the letter. More flags are passed on to exp-mnist.py. Seconds are
+those that the training takes of one core.
 """
 
 from statistics import fmean, pstdev
@@ -36,7 +37,7 @@ COLUMNS |= dict.fromkeys(FIGURES, float) | {"commit": str}
 
 
 def measure(*arguments: str) -> list[list[float]]:
-    """The `FIGURES` of each repetition; seconds are those of the training."""
+    """The `FIGURES` of each repetition; seconds are those of a core in training."""
     unseen, results = unseen_samples(), []
     for trained in experiment(list(arguments)):
         network, test = trained.network, trained.data.test
