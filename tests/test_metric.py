@@ -382,6 +382,7 @@ WRONG = {
     "deep": (with_arguments("[" * 4000), "form"),
     "deeper": (with_arguments("-" * 9000 + "1"), "form"),
     "long sum": (with_arguments("1" + "+1" * 4900), "form"),
+    "longer than Python's parser is safe with": (log_text(dataset_path="x" * 60_000), "form"),
     "very deep": (with_arguments("(" * 10**6), "form"),
     "unhashable": (with_arguments("{{}: 1}"), "form"),
     "huge number": (with_arguments(f"{{'trainer': 'IRM', 'repetitions': 0x{'f' * 9000}}}"), "form"),
@@ -506,6 +507,7 @@ def test_the_command(command, in_process, tmp_path):
     """As a process, where standard output can't take every character: what is wrong comes last."""
     (tmp_path / "IRM_log.txt").write_text(log_text(), "utf-8")
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    ascii_only["PYTHONUNBUFFERED"] = ""  # as most users have it
     streams = {"capture_output": False, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     logs = ("IRM_log.txt", "没有.txt")
     result = command("metric.py", *logs, cwd=tmp_path, env=ascii_only, **streams)
