@@ -122,6 +122,7 @@ def cells(line: str) -> list[str]:
 @pytest.fixture(scope="module")
 def swept(project):
     """The table of a sweep that was killed and started again."""
+    shutil.rmtree(project / "data" / "jobs", ignore_errors=True)  # what other tests kept
     with starter(project) as start:
         first = start(*NUMBERS, "--table", "swept.csv")
         wait_for(lambda: len(kept(project)) >= 2)
