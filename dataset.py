@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -164,23 +165,24 @@ def load_dataset(
 
     parts = {}
     for name, env in envs_of.items():
-        samples, form, seed = read_file(folder / f"{name}.pt", env)
+        part, form, file_seed = read_file(folder / f"{name}.pt", env)
         for other, (earlier, other_form) in parts.items():
             if form != other_form:
                 raise UserError(f"{folder} mixes files of different draws or forms: {anew}")
-            if torch.equal(samples.images, earlier.images):
+            if torch.equal(part.images, earlier.images):
                 raise UserError(f"{folder} has the same images as {other} and as {name}: {anew}")
-        parts[name] = samples, form
-    first, second, test = [samples.to(device) for samples, _ in parts.values()]
-    if "train1" in envs_of:
-        training, validation = concatenate([first, second]), None
+        parts[name] = part, form
+    samples = {name: part.to(device) for name, (part, _) in parts.items()}
+    test = samples["test"]
+    if "train1" in samples:
+        training, validation = concatenate([samples["train1"], samples["train2"]]), None
     else:
-        training, validation = first, second
+        training, validation = samples["train"], samples["val"]
     if len(training.envs.unique()) < 2:
         raise UserError(f"{folder} has one training environment, and two are needed: {anew}")
-    if any(len(samples.labels.unique()) < 2 for samples in (training, test)):
+    if len(training.labels.unique()) < 2 or len(test.labels.unique()) < 2:
         raise UserError(f"{folder} has images of one label only: {anew}")
-    return Dataset(training, validation, test, folder, form, seed, drawn_now)
+    return Dataset(training, validation, test, folder, form, file_seed, drawn_now)
 
 
 def unseen_samples() -> Samples:
@@ -212,8 +214,10 @@ def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a stranger's bytes may provoke
-        if not isinstance(error, (UserError, OSError)):
-            error = "damaged, or of other things than tensors, numbers and images"
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            error = "whole, but not read, as it holds other things than tensors, numbers and images"
+        elif not isinstance(error, (UserError, OSError)):
+            error = "damaged"
         raise unusable(path, error) from None
     try:
         samples, form, seed = samples_of(record, path.stem, env)
@@ -242,7 +246,7 @@ def check_sums(path: str | Path) -> bool:
 
 def unusable(path: Path, reason: object) -> UserError:
     return UserError(
-        f"{path} cannot be used ({reason}): replace it, or delete {path.parent} to draw the "
+        f"{path} cannot be used ({reason}): replace it, or move {path.parent} away to draw the "
         "assignment's data"
     )
 
@@ -268,9 +272,8 @@ def samples_of(record: object, name: str, env: int | None) -> tuple[Samples, str
         images, labels, colors = record["images"], record["labels"], record["colors"]
         if "sizes" in record and record["sizes"][env] != len(images):
             raise UserError(f"it has {len(images)} images of the {record['sizes'][env]} drawn")
-        drawn = [f"{key} {json.dumps(record.get(key))}" for key in DRAWN_WITH]
         envs = torch.full((len(images),), env)
-        form = f"drawn with {', '.join(drawn)}"
+        form = form_of_drawn(record)
         return checked_samples(images, labels, colors, envs), form, record.get("seed")
     if isinstance(record[0], Tensor):
         if env is None:
@@ -284,9 +287,10 @@ def samples_of(record: object, name: str, env: int | None) -> tuple[Samples, str
         colors = images[:, 0].flatten(1).any(1)
         form = "normalised tensors (the course framework's form)"
         return checked_samples(images, labels, colors, envs), form, None
-    (length,) = {len(entry) for entry in record}
-    if length not in (2, 3, 4):
+    lengths = {len(entry) for entry in record}
+    if lengths not in ({2}, {3}, {4}):
         raise ValueError
+    length = lengths.pop()
     images = torch.stack([pixels_of(entry[0]) for entry in record])
     labels = torch.tensor([entry[1] for entry in record])
     colors = images[:, 0].flatten(1).any(1)  # red, where the digit is in the red channel
@@ -296,6 +300,12 @@ def samples_of(record: object, name: str, env: int | None) -> tuple[Samples, str
     form = f"tuples of ({parts[length]})"
     envs = torch.full((len(images),), env)
     return checked_samples(images, labels, colors, envs), form, None
+
+
+def form_of_drawn(record: dict) -> str:
+    """What files of the project's own are, by what they were drawn with."""
+    drawn = [f"{key} {json.dumps(record.get(key))}" for key in DRAWN_WITH]
+    return f"drawn with {', '.join(drawn)}"
 
 
 def pixels_of(image: "StandIn") -> Tensor:
@@ -346,6 +356,7 @@ def integer_of(_: object, data: bytes) -> int:
 
 STAND_INS = [
     (StandIn, "PIL.Image.Image"),
+    (StandIn, "PIL.PngImagePlugin.PngImageFile"),
     (StandIn, "numpy.dtype"),
     (integer_of, "numpy.core.multiarray.scalar"),
     (integer_of, "numpy._core.multiarray.scalar"),

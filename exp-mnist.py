@@ -42,7 +42,7 @@ def main() -> None:
         print(f"Flip rate: {flip_rates[-1]}", flush=True)
         if (logits > 0).unique().numel() == 1:
             warn(f"repetition {repetition} predicts the same label for all test images")
-        save(args, repetition, network, loss, data)
+        save(args, repetition, network, loss, data.form)
 
     print(f"Mean flip rate: {fmean(flip_rates)}")
     print(f"Summary: {summarize(results)}")

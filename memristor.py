@@ -461,10 +461,8 @@ def seed_repetition(args: argparse.Namespace, repetition: int) -> None:
     torch.manual_seed(1000 * args.seed + repetition - 1)
 
 
-def trained(
-    args: argparse.Namespace, data: Dataset
-) -> Iterator[tuple[int, Network, Loss, Samples]]:
-    """Yield (repetition, network, loss, training samples), trained and hardened if asked for."""
+def trained(args: argparse.Namespace, data: Dataset) -> Iterator[tuple[Network, Samples]]:
+    """Yield each network, trained, hardened if asked for and saved, and its training samples."""
     for repetition, network, loss, training, validation in repetitions(args, data):
         print(f"Repetition {repetition} of {args.repetitions}")
         check_network(network)
@@ -472,7 +470,8 @@ def trained(
         if args.harden:
             seed_repetition(args, repetition)
             network = harden(network, training, **training_settings(args))
-        yield repetition, network, loss, training
+        save(args, repetition, network, loss, data.form)
+        yield network, training
 
 
 class Saved(NamedTuple):
@@ -546,7 +545,7 @@ def arguments_beside(files: list[Saved]) -> argparse.Namespace:
 
 def loaded(
     args: argparse.Namespace, data: Dataset, files: list[Saved]
-) -> Iterator[tuple[int, Network, Loss, Samples]]:
+) -> Iterator[tuple[Network, Samples]]:
     """Yield what `trained` does, of saved networks."""
     if data.form != files[0].data:
         warn(f"the networks were trained on other data than these: {files[0].data}")
@@ -559,7 +558,8 @@ def loaded(
         if args.harden and not file.hardened:
             seed_repetition(args, file.repetition)
             network = harden(network, training, **training_settings(args))
-        yield file.repetition, network, file.loss, training
+            save(args, file.repetition, network, file.loss, file.data)
+        yield network, training
 
 
 def result(network: Network, test: Samples, name: str) -> dict[str, float]:
@@ -586,8 +586,7 @@ def main() -> None:
         networks = trained(args, data)
 
     digital, on_crossbar = [], []
-    for repetition, network, loss, training in networks:
-        save(args, repetition, network, loss, data)
+    for network, training in networks:
         digital.append(result(network, data.test, "Test result"))
         crossbar = to_crossbar(network, calibration_images(training), **crossbar_settings(args))
         on_crossbar.append(result(crossbar, data.test, "Crossbar test result"))

@@ -86,6 +86,7 @@ DEFAULTS = {
     "eta": 0.05,
     "reg_lambda": 50.0,
 }
+ONLY_OF = {"eta": "groupDRO", "reg_lambda": "IRM"}
 DRAWN_WITH = "p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], shuffle_digits false"
 
 
@@ -196,12 +197,15 @@ def notes_on(arguments: dict, lines: list[str]) -> list[str]:
     notes = []
     for line in lines:
         if line.startswith("Data: "):
-            drawn_with, _, seed = line.rpartition(" with ")[2].rpartition(", seed ")
-            if drawn_with and seed != str(arguments.get("seed")):
-                notes.append(f"seed {arguments.get('seed')} trained on the data of seed {seed}")
-            if drawn_with and drawn_with != DRAWN_WITH:
-                notes.append(f"data drawn with {drawn_with}")
+            drawn = re.search(r", drawn (?:now )?with (p_f .*), seed (.*)$", line)
+            if drawn and drawn[2] != str(arguments.get("seed")):
+                notes.append(f"seed {arguments.get('seed')} trained on the data of seed {drawn[2]}")
+            if drawn and drawn[1] != DRAWN_WITH:
+                notes.append(f"data drawn with {drawn[1]}")
     for name, default in DEFAULTS.items():
+        # What has no effect on this trainer is no difference.
+        if ONLY_OF.get(name, arguments["trainer"]) != arguments["trainer"]:
+            continue
         value = arguments.get(name, default)
         if isinstance(value, list):
             value = tuple(value)

@@ -177,7 +177,7 @@ class IRM(Loss):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019, arXiv:1907.02893; assignment, (4)).
 
     The mean of L_e over e, plus λ times the mean over e of (∂L_e(w · Φ)/∂w at w = 1)². This w is
-    the network's `output_layer`.
+    the network's `output_layer`. As it takes gradients, it has no value under `torch.no_grad`.
 
     Args:
         reg_lambda: weight λ of the penalty

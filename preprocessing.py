@@ -63,6 +63,8 @@ def draw_environments(
         seed: seed of all random draws
     """
     folder = dataset_path / "ColoredMNIST"
+    if folder.is_symlink():
+        folder = folder.resolve()
     if (dataset_path / "test.pt").exists():
         raise UserError("--dataset_path is the folder around ColoredMNIST, not that folder itself")
     if has_files(folder):
@@ -75,8 +77,13 @@ def draw_environments(
     if shuffle_digits:
         training = sizes[0] + sizes[1]
         order[:training] = torch.randperm(training, generator=generator)
-    drawn = {"p_f": p_f, "p_e": list(p_e), "sizes": list(sizes)}
-    drawn |= {"shuffle_digits": shuffle_digits, "seed": seed}
+    drawn = {
+        "p_f": p_f,
+        "p_e": list(p_e),
+        "sizes": list(sizes),
+        "shuffle_digits": shuffle_digits,
+        "seed": seed,
+    }
     with written_whole(folder) as partial, FileLock(dataset_path / ".lock"):
         if has_files(folder):  # another run drew it while this one waited for the lock
             return False
@@ -85,10 +92,16 @@ def draw_environments(
             record = color_digits(images[part], digits[part], p_f, flip, generator)
             record |= drawn | {"environment": environment}
             torch.save(record, partial / f"{environment}.pt")
-        if folder.exists():  # with hidden files such as .gitkeep in it
-            shutil.copytree(folder, partial, dirs_exist_ok=True)
-            shutil.rmtree(folder)
-        partial.replace(folder)  # now, as long as the lock is held
+        # Renamed here, as long as the lock is held.
+        if folder.exists():  # with nothing in it but hidden files, such as .gitkeep
+            aside = partial.with_suffix(".hidden")
+            folder.rename(aside)
+            partial.replace(folder)
+            for path in aside.iterdir():
+                path.replace(folder / path.name)
+            aside.rmdir()
+        else:
+            partial.replace(folder)
     return True
 
 
@@ -238,9 +251,9 @@ def run_command(main: Callable[[], None]) -> None:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if error.filename is not None:  # that of a file, not of standard output
-            raise
-        sys.stdout = None
+        if error.filename is not None:
+            sys.exit(f"{script}: {error.filename}: {error.strerror}")
+        sys.stdout = None  # which is what can't be written
         sys.exit(f"{script}: cannot write its output: {error.strerror or error}")
 
 

@@ -4,6 +4,8 @@ import argparse
 import inspect
 import os
 import shlex
+import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm import tqdm
 
-from dataset import Batch, Dataset, Samples, check_sums, load_dataset
+from dataset import Batch, Dataset, Samples, check_sums, form_of_drawn, load_dataset
 from metric import metrics
 from model import Loss, Network
-from preprocessing import UserError, number, warn, written_whole
+from preprocessing import P_E, P_F, SIZES, UserError, number, warn, written_whole
 from register import NETWORKS, TRAINERS
 
 
@@ -99,16 +101,15 @@ def report(
     samples.
     """
     network.eval()  # so that this draws no random numbers of dropout
-    train1, train2 = "–", "–"  # for an environment that the minibatch lacks
+    shown = {0: "–", 1: "–"}  # for an environment that the minibatch lacks
     for e, risk in zip(loss.present(batch), loss.risks(network(batch.images), batch), strict=True):
-        if e == 0:
-            train1 = f"{risk:.4f}"
-        else:
-            train2 = f"{risk:.4f}"
-    line = f"Iteration {step}: objective {objective:.4f}; loss of train1 {train1}, train2 {train2}"
+        shown[e] = f"{risk:.4f}"
+    losses = f"loss of train1 {shown[0]}, train2 {shown[1]}"
+    line = f"Iteration {step}: objective {objective:.4f}; {losses}"
     if validation is not None:
         line += f"; validation {evaluate(network, validation)}"
-    print(line, flush=True)
+    tqdm.write(line)  # print, but beside the progress bar
+    sys.stdout.flush()
     network.train()
 
 
@@ -130,15 +131,18 @@ def evaluate(network: nn.Module, samples: Samples) -> dict[str, float]:
 
 def load(args: argparse.Namespace) -> Dataset:
     """Begin the log; the data, on the GPU if there is one and it may be used."""
-    if args.save_model:  # what can't be written there is said now, not after the training
-        with written_whole(Path(args.save_model) / file_name(args, args.repetitions)) as partial:
-            partial.touch()
-            partial.unlink()
     use_gpu = torch.cuda.is_available() and not args.no_cuda
+    if use_gpu:
+        torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions, too
     print(f"Arguments: {vars(args)}")
     print(f"Device: {torch.cuda.get_device_name() if use_gpu else 'CPU'}")
     data = load_dataset(args.dataset_path, args.seed, "cuda" if use_gpu else "cpu")
     print(f"Data: {data.description}", flush=True)
+    if args.save_model:  # what can't be written there is said now, not after the training
+        name = file_name(args, args.repetitions, data.form)
+        with written_whole(Path(args.save_model) / name) as partial:
+            partial.touch()
+            partial.unlink()
     if data.seed not in (None, args.seed):
         warn(
             f"seed {args.seed} trains on the data of seed {data.seed}, which stay as they were "
@@ -193,33 +197,37 @@ def training_settings(args: argparse.Namespace) -> dict:
 
 
 def save(
-    args: argparse.Namespace, repetition: int, network: Network, loss: Loss, data: Dataset
+    args: argparse.Namespace, repetition: int, network: Network, loss: Loss, form: str
 ) -> None:
     """Write a trained network and all that it came from to the folder `--save_model`, if given.
 
-    A dict of the arguments, the repetition, what the data are, the network's state_dict and the
-    loss's, on the CPU. The name of the file has every setting that is not the default.
+    A dict of the arguments, the repetition, what the data are (`Dataset.form`), the network's
+    state_dict and the loss's, on the CPU. The name of the file has every setting that is not the
+    default, and a checksum of `form` if the data aren't those that the seed draws.
     """
     if not args.save_model:
         return
     saved = {
         "arguments": vars(args),
         "repetition": repetition,
-        "data": data.form,
+        "data": form,
         "network": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
         "loss": {name: tensor.cpu() for name, tensor in loss.state_dict().items()},
     }
-    with written_whole(Path(args.save_model) / file_name(args, repetition)) as partial:
+    with written_whole(Path(args.save_model) / file_name(args, repetition, form)) as partial:
         torch.save(saved, partial)
 
 
-def file_name(args: argparse.Namespace, repetition: int) -> str:
+def file_name(args: argparse.Namespace, repetition: int, form: str) -> str:
     """Such as IRM_MLP_reg_lambda-20.0_steady_seed1234_repetition1.pt."""
     words = [args.trainer, args.network]
     for name, value in settings_of_its_own(args).items():
         if isinstance(value, (list, tuple)):
             value = "-".join(map(str, value))
-        words.append(name if value is True else f"{name}-{value}".replace(os.sep, "-"))
+        words.append(name if value is True else f"{name}-{value}")
+    drawn = {"p_f": P_F, "p_e": P_E, "sizes": SIZES, "shuffle_digits": False, "seed": args.seed}
+    if form != form_of_drawn(drawn):
+        words.append(f"data-{zlib.crc32(form.encode()):08x}")
     return "_".join([*words, f"seed{args.seed}", f"repetition{repetition}.pt"])
 
 
@@ -239,7 +247,7 @@ def default_arguments() -> dict:
 
 # What the name of a file has anyway, and what makes no other network.
 NO_SETTINGS = ("trainer", "network", "seed", "repetitions", "no_cuda", "save_model")
-NO_SETTINGS += ("evaluation_steps",)
+NO_SETTINGS += ("evaluation_steps", "dataset_path")
 
 
 def load_model(path: str | Path) -> tuple[Network, Loss]:
@@ -256,14 +264,29 @@ def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
     try:
         check_sums(path)
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        saved["arguments"] = argparse.Namespace(**saved["arguments"])
-        network, loss = build(saved["arguments"])
-        network.load_state_dict(saved["network"])
-        loss.load_state_dict(saved["loss"])
+        arguments = default_arguments() | saved["arguments"]
+        is_ours = isinstance(saved["repetition"], int) and isinstance(saved["data"], str)
+        for name, default in default_arguments().items():
+            if name != "save_model" and type(arguments[name]) is not type(default):
+                is_ours = False
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # whatever a stranger's bytes may provoke
-        raise UserError(f"{path} is damaged, or no network that --save_model wrote") from None
+        is_ours = False
+    if not is_ours:
+        raise UserError(f"{path} is damaged, or no network that --save_model wrote")
+    args = argparse.Namespace(**arguments)
+    if args.trainer not in TRAINERS or args.network not in NETWORKS:
+        raise UserError(f"{path}: register.py has no {args.trainer}, or no {args.network}")
+    try:
+        network, loss = build(args)
+        network.load_state_dict(saved["network"])
+        loss.load_state_dict(saved["loss"])
+    except Exception:
+        raise UserError(f"{path} does not fit {args.trainer} and {args.network} here") from None
+    if not all(weights.isfinite().all() for weights in network.parameters()):
+        raise UserError(f"{path} has weights that are nan or infinite")
+    saved["arguments"] = args
     return network.eval(), loss.eval(), saved
 
 
@@ -332,7 +355,7 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--evaluation_steps", type=count, default=100, help="iterations from log line to log line")
 
     add("--grayscale", action="store_true", help="hide the colours: the oracle to compare with")
-    units = number(int, 1, 10**5)
+    units = number(int, 1, 10**4)
     add("--hidden_dim", type=units, nargs="+", default=[64, 16], help="MLP: units of hidden layers")
     add("--bias", action="store_true", help="MLP: give the layers biases")
     drop_rate = "proportion of hidden units dropped while training, 0 to 0.99"

@@ -244,7 +244,7 @@ def test_damage_is_refused_or_without_effect(folder):
         except UserError as error:
             refused += 1
             message = str(error)
-            assert "test.pt cannot be used" in message and "replace it, or delete" in message
+            assert "test.pt cannot be used" in message and "replace it, or move" in message
             assert "\n" not in message
         else:
             assert same(samples_read, samples) and others_read == others

@@ -65,10 +65,11 @@ def test_drawn_once_and_anew_when_deleted(tmp_path):
     assert torch.equal(grey(again.test), grey(first.test))
 
 
-def test_same_seed_same_files(tmp_path):
+@pytest.mark.parametrize("shuffle_digits", [False, True])
+def test_same_seed_same_files(tmp_path, shuffle_digits):
     folders = [tmp_path / name for name in ("first", "second", "third")]
     for folder, seed in zip(folders, (4, 4, 5), strict=True):
-        draw_environments(folder, sizes=(30, 20, 10), seed=seed)
+        draw_environments(folder, sizes=(30, 20, 10), seed=seed, shuffle_digits=shuffle_digits)
     files = [(folder / "ColoredMNIST" / "train1.pt").read_bytes() for folder in folders]
     assert files[0] == files[1] != files[2]
 
@@ -390,3 +391,23 @@ def test_the_folder_around_is_wanted(in_process, dataset_path, script):
     result = in_process(script, "--dataset_path", dataset_path / "ColoredMNIST")
     assert_one_line(result, "--dataset_path is the folder around ColoredMNIST")
     assert not (dataset_path / "ColoredMNIST" / "ColoredMNIST").exists()
+
+
+def test_hidden_files_stay_where_they_were(tmp_path):
+    """Also where the folder is a link to a folder elsewhere."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".gitkeep").write_text("kept")
+    (tmp_path / "data").mkdir()
+    folder = tmp_path / "data" / "ColoredMNIST"
+    folder.symlink_to(elsewhere)
+    assert draw_environments(tmp_path / "data", sizes=(20, 20, 20))
+    assert folder.is_symlink() and (elsewhere / ".gitkeep").read_text() == "kept"
+    assert {path.name for path in elsewhere.iterdir()} == {
+        ".gitkeep",
+        "train1.pt",
+        "train2.pt",
+        "test.pt",
+    }
+    left = {path.name for path in tmp_path.iterdir()} | {p.name for p in folder.parent.iterdir()}
+    assert left == {"data", "elsewhere", "ColoredMNIST", ".lock"}

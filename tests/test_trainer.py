@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
@@ -30,6 +31,7 @@ from trainer import (
     file_name,
     load,
     load_model,
+    load_saved,
     parse_arguments,
     predict,
     repetitions,
@@ -471,7 +473,8 @@ def test_log_and_saved_models(in_process, dataset_path, data, tmp_path):
         names = ["Test result", "Group accuracy", "Worst group", "Flip rate"]
         assert [line.split(": ")[0] for line in lines[2:]] == names
         values = [ast.literal_eval(line.split(": ", 1)[1]) for line in lines[2:]]
-        path = folder / file_name(parse_arguments("", [str(a) for a in arguments[1:]]), i)
+        args = parse_arguments("", [str(a) for a in arguments[1:]])
+        path = folder / file_name(args, i, data.form)
         network, loss = load_model(path)
         assert isinstance(loss, IRM) and not network.training and not loss.training
         assert path.stat().st_size < 1.1 * 4 * sum(p.numel() for p in network.parameters())
@@ -506,7 +509,7 @@ PROTOCOL = {
 
 
 @pytest.fixture(scope="module")
-def by_protocol(in_process, dataset_path, tmp_path_factory):
+def by_protocol(in_process, dataset_path, data, tmp_path_factory):
     """One training by the assignment's protocol: its log and its network, made once."""
     folder, runs = tmp_path_factory.mktemp("protocol"), {}
 
@@ -516,7 +519,7 @@ def by_protocol(in_process, dataset_path, tmp_path_factory):
             arguments = (*short, *PROTOCOL[name])
             result = in_process("exp-mnist.py", *arguments, "--save_model", folder)
             args = parse_arguments("", [str(argument) for argument in arguments])
-            runs[name] = result, folder / file_name(args, 1)
+            runs[name] = result, folder / file_name(args, 1, data.form)
         return runs[name]
 
     return run
@@ -705,6 +708,13 @@ def test_a_constant_predictor_is_pointed_out(quick):
     assert quick("--bias").stderr == ""
 
 
+def name_of(line, repetition=1):
+    """The name that a network gets which was trained on data drawn with its seed."""
+    args = parse_arguments("", line)
+    form = "drawn with p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], "
+    return file_name(args, repetition, f"{form}shuffle_digits false, seed {args.seed}")
+
+
 def test_saved_networks_of_different_settings_have_different_names():
     """Whatever tells networks apart is in the name of the file, if it is not the default."""
     lines = [
@@ -712,7 +722,6 @@ def test_saved_networks_of_different_settings_have_different_names():
         ["--trainer", "IRM"],
         ["--network", "CNN"],
         ["--seed", "5"],
-        ["--dataset_path", "other"],
         ["--validation", "0.1"],
         ["--iteration", "3"],
         ["--batch_size", "9"],
@@ -730,20 +739,33 @@ def test_saved_networks_of_different_settings_have_different_names():
         ["--trainer", "Backdoor"],
         ["--trainer", "Backdoor", "--adjustment", "weights"],
     ]
-    names = [file_name(parse_arguments("", line), i) for line in lines for i in (1, 2)]
+    names = [name_of(line, i) for line in lines for i in (1, 2)]
     assert len(set(names)) == 2 * len(lines)
     assert names[0] == "ERM_MLP_seed1234_repetition1.pt"
     asked = {flag for line in lines for flag in line if flag.startswith("--")}
     known = {option for option in training_parser()._option_string_actions if option[2:]}
     same_network = {"--help", "--repetitions", "--no_cuda", "--save_model", "--evaluation_steps"}
-    assert known - asked == same_network
+    assert known - asked == same_network | {"--dataset_path"}
     for more in (["--no_cuda"], ["--evaluation_steps", "7"], ["--repetitions", "9"]):
-        assert file_name(parse_arguments("", more), 1) == names[0]
+        assert name_of(more) == names[0]
+
+
+def test_networks_of_different_data_have_different_names(in_process, tmp_path):
+    """Also where the data are drawn anew in the same place, and where they are a stranger's."""
+    models, path = tmp_path / "models", tmp_path / "data"
+    for seed in (1, 2):
+        shutil.rmtree(path, ignore_errors=True)
+        draw_environments(path, sizes=(60, 60, 60), seed=seed)
+        flags = ("--dataset_path", path, "--no_cuda", "--repetitions", 1, "--iteration", 1)
+        assert in_process("exp-mnist.py", *flags, "--save_model", models).returncode == 0
+    first, second = models.glob("ERM_MLP_iteration-1_data-*_seed1234_repetition1.pt")
+    assert load_saved(first)[2]["data"] != load_saved(second)[2]["data"]
+    args = parse_arguments("", [])
+    assert file_name(args, 1, "tuples of (image, label)") != name_of([])
 
 
 def test_unused_flags_are_in_no_name(capsys):
-    args = parse_arguments("", ["--trainer", "ERM", "--eta", "1"])
-    assert file_name(args, 1) == "ERM_MLP_seed1234_repetition1.pt"
+    assert name_of(["--trainer", "ERM", "--eta", "1"]) == "ERM_MLP_seed1234_repetition1.pt"
 
 
 @pytest.mark.parametrize(
@@ -1011,11 +1033,9 @@ def test_files_that_cannot_be_are_refused_in_one_line(
 
 
 def test_a_name_that_is_too_long_is_refused_before_the_training(in_process, small_files, tmp_path):
-    """Of the file that a network will be saved in: it has the settings, and these the path."""
-    around = tmp_path / ("deep" * 20) / ("deep" * 20) / ("deep" * 20)
-    around.mkdir(parents=True)
-    (around / "ColoredMNIST").symlink_to(small_files)
-    arguments = ("--dataset_path", around, "--seed", 3, "--no_cuda", "--iteration", 2)
+    """Of the file that a network will be saved in: it has the settings."""
+    arguments = ("--dataset_path", small_files.parent, "--seed", 3, "--no_cuda", "--iteration", 2)
+    arguments += ("--hidden_dim", *[100] * 80)
     result = in_process("exp-mnist.py", *arguments, "--save_model", tmp_path / "models")
     assert_one_line(result, "cannot write", tmp_path / "models")
     assert "Repetition" not in result.stdout
