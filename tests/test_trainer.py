@@ -982,7 +982,7 @@ def test_a_network_of_ones_own_trains(quick, monkeypatch):
         (("--learning_rate", 1e39), ("--learning_rate", "1e+30")),  # beyond torch's float32
         (("--weight_decay", 1e39), ("--weight_decay", "from 0 to 1e+30")),
         (("--batch_size", 10**30), ("--batch_size", "1000000000")),  # beyond its int64
-        (("--hidden_dim", 10**12), ("--hidden_dim", "from 1 to 100000")),  # beyond any memory
+        (("--hidden_dim", 10**12), ("--hidden_dim", "from 1 to 10000")),  # beyond any memory
         (("--reg_lambda", "many"), ("--reg_lambda", "'many'")),
         (("--validation", 1), ("--validation",)),
         (("--seed", -1), ("--seed",)),
