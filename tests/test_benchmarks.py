@@ -619,10 +619,10 @@ def test_a_table_of_one_trainer_is_not_drawn(tmp_path, in_process):
 @pytest.mark.parametrize(
     ("script", "more"),
     [
-        ("student_numbers.py", ("--only", 42)),
-        ("results.py", ("--seeds", 5, "--rows", "IRM")),
-        ("paper_table.py", ("--draws", 1)),
-        ("robustness.py", ("--repetitions", 1, "--trainers", "IRM", "--conditions", "crossbar")),
+        ("student_numbers.py", ("--only", 42, "--iteration", 1)),
+        ("results.py", ("--seeds", 5, "--rows", "IRM", "--iteration", 1)),
+        ("paper_table.py", ("--draws", 1, "--steps", 1)),
+        ("robustness.py", ("--repetitions", 1, "--trainers", "IRM", "--iteration", 1)),
     ],
 )
 def test_a_longer_table_is_never_replaced(tmp_path, in_process, script, more):
