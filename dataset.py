@@ -214,7 +214,7 @@ def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a stranger's bytes may provoke
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
             error = "whole, but not read, as it holds other things than tensors, numbers and images"
         elif not isinstance(error, (UserError, OSError)):
             error = "damaged"

@@ -109,6 +109,32 @@ def test_tuples_of_other_generators(small_files, tmp_path, parts, form):
     assert same(ours.training, theirs.training) and same(ours.test, theirs.test)
 
 
+def test_images_that_were_read_from_png_files(small_files, tmp_path):
+    """Pillow pickles them as of another class."""
+    record = torch.load(small_files / "test.pt", weights_only=True)
+    content = []
+    for image, label, color in tuples(record):
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        content.append((Image.open(file), label, color))
+    torch.save(content, tmp_path / "test.pt")
+    assert same(read_file(tmp_path / "test.pt", 2)[0], read_file(small_files / "test.pt", 2)[0])
+
+
+def test_whole_files_of_other_things_are_not_called_damaged(folder):
+    for content in ([np.zeros(3)] * 3, {"images": io.BytesIO()}, io.StringIO()):
+        torch.save(content, folder / "train2.pt")
+        with pytest.raises(UserError) as error:
+            load(folder)
+        assert "other things than tensors, numbers and images" in str(error.value)
+        assert "damaged" not in str(error.value)
+    whole = (folder / "train1.pt").read_bytes()
+    for content in (b"x" + whole, whole[:-1], b"mine", b"hello", b""):
+        (folder / "train2.pt").write_bytes(content)
+        with pytest.raises(UserError, match="damaged"):
+            load(folder)
+
+
 def test_framework_form(framework_form, small_files):
     ours, theirs = load(small_files), load(framework_form)
     assert "course framework's form" in theirs.description
@@ -661,6 +687,18 @@ def test_hostile_and_other_models_run_nothing(saved, small_files, tmp_path):
         assert "\n" not in str(error.value) and "cannot read" not in str(error.value)
     with pytest.raises(UserError, match="no network that --save_model wrote"):
         load_model(small_files / "test.pt")
+    arguments = record["arguments"]
+    weights = {name: torch.full_like(value, np.nan) for name, value in record["network"].items()}
+    for changed, message in (
+        ({"arguments": arguments | {"trainer": "VREx"}}, "register.py has no VREx"),
+        ({"arguments": arguments | {"hidden_dim": [4, 5]}}, "does not fit groupDRO and MLP"),
+        ({"arguments": arguments | {"hidden_dim": 4}}, "no network that --save_model wrote"),
+        ({"repetition": "1"}, "no network that --save_model wrote"),
+        ({"network": weights}, "nan or infinite"),
+    ):
+        torch.save(record | changed, path)
+        with pytest.raises(UserError, match=message):
+            load_model(path)
     for absent in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(UserError, match="cannot read"):
             load_model(absent)
