@@ -110,7 +110,7 @@ set_up_memtorch() { # fails where it can't be had: all but the crossbar works wi
 }
 
 if command -v flock >/dev/null; then # two first runs at once: one of them sets up
-    exec 9>>requirements.txt
+    exec 9<requirements.txt
     flock -n 9 || { say "waiting, as another run sets up"; flock 9 || true; }
 fi
 if [ -n "${PYTHON:-}" ]; then check_python "$@"; else set_up; fi
@@ -128,7 +128,7 @@ fi
 
 logs=${LOGS:+$LOGS/}
 models=${LOGS:-data}/models
-former=${LOGS:-data}/former_logs/$(date +%Y-%m-%d_%H.%M.%S)
+former=${LOGS:-data}/former_logs/$(date +%Y-%m-%d_%H.%M.%S)_$$
 memristor=("$python" memristor.py) # its networks are IRM's, so few of the arguments concern it
 previous=""
 for argument in "$@"; do
@@ -151,7 +151,11 @@ log() { # LOG COMMAND...: what the command prints goes to LOG, once it is comple
     "${@:2}" >"$partial" || return
     grep -q "^Summary: " "$partial" || { cat "$partial"; exit; } # --help, say
     if [ -e "$1" ] && ! cmp -s "$partial" "$1"; then
-        mkdir -p "$former" && cp -p "$1" "$former" || return
+        if ! { mkdir -p "$former" && cp -p "$1" "$former"; }; then
+            mv "$partial" "$1.new"
+            say "the $1 that was here cannot be kept in $former; the new one is $1.new"
+            return 1
+        fi
         say "the $1 that was here is kept in $former"
     fi
     mv "$partial" "$1" && complete+=("$1")
@@ -166,7 +170,7 @@ experiments() { # until one fails
     log "${logs}IRM_log.txt" "${train[@]}" --save_model "$models" "$@" --trainer IRM || return
     if [ $crossbar -eq 0 ]; then return; fi
     memristor+=(--load_model)
-    for network in "$models"/IRM_*.pt; do # those that this run has saved
+    for network in "$models"/IRM_*_seed$((10#$seed))_*.pt; do # those that this run has saved
         [ "$begin" -nt "$network" ] || memristor+=("$network")
     done
     log "${logs}memristor_log.txt" "${memristor[@]}"
@@ -176,6 +180,10 @@ mkdir -p "${logs:-.}"
 partial=$logs.run.$$.partial # $$ tells this run from others at the same time
 begin=$logs.begin.$$.partial
 trap 'rm -f "$partial" "$begin"' EXIT
+for left in "$logs".run.*.partial "$logs".begin.*.partial; do # by runs that were killed
+    process=${left%.partial}
+    [ ! -e "$left" ] || kill -0 "${process##*.}" 2>/dev/null || rm -f "$left"
+done
 count=0 complete=() status=0
 experiments "$@" || status=$?
 [ ${#complete[@]} -eq 0 ] || "$python" metric.py "${complete[@]}" || status=$?

@@ -520,3 +520,22 @@ def test_requirements_pin_each_package_once_for_every_python(python):
     names = {Requirement(line).name for line in lines if not line.startswith("#")}
     assert set(pins) == names
     assert int(pins["setuptools"].split(".")[0]) < 82, "what torch 2.11.0 wants"
+
+
+def test_a_new_log_is_not_lost_where_the_old_one_cannot_be_kept(clone):
+    (clone.folder / "ERM_log.txt").write_text("old")
+    (clone.folder / "data").mkdir(exist_ok=True)
+    (clone.folder / "data" / "former_logs").write_text("a file where the folder should be")
+    result = clone.run()
+    assert result.returncode != 0 and "ERM_log.txt.new" in result.stderr
+    assert clone.text("ERM_log.txt") == "old"
+    assert clone.text("ERM_log.txt.new").splitlines()[-1].startswith("Summary: ")
+
+
+def test_what_killed_runs_left_goes(clone):
+    """What runs left that go on stays."""
+    gone, running = f".run.{2**22 + 1}.partial", f".run.{os.getpid()}.partial"
+    for name in (gone, running):
+        (clone.folder / name).write_text("half a log")
+    assert clone.run().returncode == 0
+    assert not (clone.folder / gone).exists() and (clone.folder / running).exists()
