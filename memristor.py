@@ -1,7 +1,7 @@
 """Train, move the network onto a MemTorch memristor crossbar, test it again.
 
 python memristor.py --seed 1234 --trainer IRM --no_cuda
-python memristor.py --load_model models/IRM_MLP_seed1234_repetition*.pt
+python memristor.py --load_model data/models/IRM_MLP_seed1234_repetition*.pt
 
 Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.
 """

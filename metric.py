@@ -86,6 +86,7 @@ DEFAULTS = {
     "eta": 0.05,
     "reg_lambda": 50.0,
 }
+GRADED = ("groupDRO", "IRM")
 ONLY_OF = {"eta": "groupDRO", "reg_lambda": "IRM"}
 DRAWN_WITH = "p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], shuffle_digits false"
 
@@ -95,6 +96,7 @@ class Log(NamedTuple):
 
     file: str
     trainer: str
+    seed: str
     summary: dict[str, float]
     checked: bool  # whether the Summary was computed again
     notes: list[str]  # what whoever grades it should know
@@ -102,7 +104,7 @@ class Log(NamedTuple):
     @property
     def points(self) -> int | None:
         """The assignment's 15, 10 or 0; None for what it does not grade."""
-        if self.trainer not in ("groupDRO", "IRM"):
+        if self.trainer not in GRADED:
             return None
         # The mean of three accuracies is often a little less than 0.55 where it is just that.
         accuracy = self.summary["Accuracy_testmean"] + 1e-9
@@ -121,9 +123,9 @@ def read_log(file: str) -> Log:
     summary = read_figures(lines[-1], SUMMARY)
     arguments = [line for line in lines if line.startswith("Arguments: ")]
     if not arguments and not any(re.fullmatch(r"Repetition \d+ of \d+", line) for line in lines):
-        named = re.fullmatch(r"(ERM|groupDRO|IRM)_log\.txt", Path(file).name, re.IGNORECASE)
-        trainers = {"erm": "ERM", "groupdro": "groupDRO", "irm": "IRM"}
-        return Log(file, trainers[named[1].lower()] if named else "?", summary, False, [])
+        if any(line.startswith(("Group accuracy: ", "Flip rate: ")) for line in lines):
+            raise UserError("it has no Arguments line, which each log of this project begins with")
+        return Log(file, named_trainer(file) or "?", "-", summary, False, [])
 
     if len(arguments) != 1:
         raise UserError(f"it has {len(arguments)} Arguments lines: a log is of one run")
@@ -137,7 +139,16 @@ def read_log(file: str) -> Log:
         if not np.isclose(summary[name], value, rtol=0, atol=1e-9, equal_nan=True):
             raise UserError(f"its Summary says {name} {summary[name]}, its results give {value}")
     trainer = used["trainer"] + (" on the crossbar" if on_crossbar else "")
-    return Log(file, trainer, summary, True, notes_on(used, lines))
+    notes = notes_on(used, lines)
+    if named_trainer(file) not in (None, trainer):
+        notes.append(f"its name says {named_trainer(file)}")
+    return Log(file, trainer, str(used.get("seed", "-")), summary, True, notes)
+
+
+def named_trainer(file: str) -> str | None:
+    """The trainer that a log's name says, as the assignment wants these names; None for others."""
+    trainers = {"erm_log.txt": "ERM", "groupdro_log.txt": "groupDRO", "irm_log.txt": "IRM"}
+    return trainers.get(Path(file).name.lower())
 
 
 def read_text(file: str) -> str:
@@ -232,30 +243,43 @@ def on_one_line(text: str) -> str:
 
 def log_table(logs: list[Log]) -> str:
     """A row for each log."""
-    rows = [["trainer", "test accuracy", "points", "Summary", "file"]]
+    rows = [["trainer", "test accuracy", "points", "seed", "Summary", "file"]]
+    first_with = {}
     for log in logs:
+        first = first_with.setdefault(str(log.summary), log.file)
+        notes = log.notes + ([f"the same Summary as {first}"] if first != log.file else [])
         mean, deviation = log.summary["Accuracy_testmean"], log.summary["Accuracy_teststd"]
         # Three decimals, as 59.998 % must not look like 60.
         accuracy = f"{100 * mean:7.3f} % ± {100 * deviation:.3f}"
         points = "-" if log.points is None else str(log.points)
-        file = log.file + (f"  ({'; '.join(log.notes)})" if log.notes else "")
-        cells = [log.trainer, accuracy, points, "checked" if log.checked else "not checked", file]
+        file = log.file + (f"  ({'; '.join(notes)})" if notes else "")
+        checked = "checked" if log.checked else "not checked"
+        cells = [log.trainer, accuracy, points, log.seed, checked, file]
         rows.append([on_one_line(cell) for cell in cells])
     return table(rows)
 
 
-def points_table(logs: list[Log]) -> str:
-    """A row for each folder that has both of the assignment's logs; "" without one."""
+def points_table(logs: list[Log], faulty: list[str]) -> str:
+    """A row for each folder that has one of the assignment's logs; "" unless both kinds are there.
+
+    Of two logs of one trainer the better counts. `faulty` are the files that could not be read.
+    """
     folders = {}
     for log in logs:
         if log.points is not None:
-            best = folders.setdefault(Path(log.file).parent, {})
+            best = folders.setdefault(str(Path(log.file).parent), {})
             best[log.trainer] = max(log.points, best.get(log.trainer, 0))
-    rows = [["points together, at most 20", "folder"]]
-    for folder, best in folders.items():
-        if len(best) == 2:
-            rows.append([str(min(20, sum(best.values()))), on_one_line(str(folder))])
-    return table(rows) if len(rows) > 1 else ""
+    for file in faulty:
+        if named_trainer(file) in GRADED:
+            folders.setdefault(str(Path(file).parent), {}).setdefault(named_trainer(file), "faulty")
+    if {trainer for best in folders.values() for trainer in best} != set(GRADED):
+        return ""
+    rows = [["points together, at most 20", *GRADED, "folder"]]
+    for folder in sorted(folders):
+        shown = [folders[folder].get(trainer, "missing") for trainer in GRADED]
+        together = min(20, sum(points for points in shown if isinstance(points, int)))
+        rows.append([str(together), *map(str, shown), on_one_line(folder)])
+    return table(rows)
 
 
 def main() -> None:
@@ -266,16 +290,20 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument("logs", nargs="+", metavar="LOG", help="such as IRM_log.txt")
-    logs, faults = [], []
+    logs, faulty, faults = [], [], []
     for file in parser.parse_args().logs:
         try:
             logs.append(read_log(file))
         except UserError as reason:
+            faulty.append(file)
             faults.append(on_one_line(f"metric.py: {file}: {reason}"))
     if logs:
         print(log_table(logs))
-    if points_table(logs):
-        print(f"\n{points_table(logs)}")
+    points = points_table(logs, faulty)
+    if points:
+        print(f"\n{points}")
+    if not all(log.checked for log in logs):
+        print("\nnot checked: there is nothing but a Summary to go by")
     sys.stdout.flush()
     for fault in faults:
         print(fault, file=sys.stderr)

@@ -82,8 +82,11 @@ def train(
 
 def strengths(loss: Loss) -> list[str]:
     """The flags that make an objective diverge if they are too high."""
-    parameters = inspect.signature(type(loss)).parameters.values()
-    return ["--learning_rate", *[f"--{p.name}" for p in parameters if type(p.default) is float]]
+    flags = ["--learning_rate"]
+    for parameter in inspect.signature(type(loss)).parameters.values():
+        if isinstance(parameter.default, float) and parameter.name in default_arguments():
+            flags.append(f"--{parameter.name}")
+    return flags
 
 
 @torch.no_grad()
@@ -265,10 +268,11 @@ def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
         check_sums(path)
         saved = torch.load(path, weights_only=True, map_location="cpu")
         arguments = default_arguments() | saved["arguments"]
-        is_ours = isinstance(saved["repetition"], int) and isinstance(saved["data"], str)
-        for name, default in default_arguments().items():
-            if name != "save_model" and type(arguments[name]) is not type(default):
-                is_ours = False
+        numbers = (saved["repetition"], arguments["seed"])
+        texts = (saved["data"], arguments["dataset_path"])
+        is_ours = all(isinstance(number, int) for number in numbers)
+        is_ours = is_ours and all(isinstance(text, str) for text in texts)
+        is_ours = is_ours and 0 <= arguments["validation"] <= 0.9
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # whatever a stranger's bytes may provoke
@@ -388,7 +392,14 @@ def unused_flags(args: argparse.Namespace) -> set[str]:
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
+    """Say which flags have no effect; UserError if one can never have any."""
     defaults = default_arguments()
+    parameters = {*NO_SETTINGS, *inspect.signature(train).parameters}
+    for made in (*TRAINERS.values(), *NETWORKS.values()):
+        parameters.update(inspect.signature(made).parameters)
+    for name in defaults:
+        if name not in parameters:
+            raise UserError(f"--{name} has no effect: no trainer and no network has that parameter")
     changed = [name for name in sorted(unused_flags(args)) if getattr(args, name) != defaults[name]]
     if changed:
         flags = ", ".join(f"--{name}" for name in changed)

@@ -165,7 +165,7 @@ def check(in_process, tmp_path, monkeypatch):
             path.write_bytes(content.encode() if isinstance(content, str) else content)
         result = in_process("metric.py", *logs)
         table, _, rest = result.stdout.partition("\n\n")
-        rows = [re.split(r" {2,}", line, maxsplit=4) for line in table.splitlines()[1:]]
+        rows = [re.split(r" {2,}", line, maxsplit=5) for line in table.splitlines()[1:]]
         return rows, rest, result.stderr.splitlines(), result.returncode
 
     return run
@@ -177,7 +177,7 @@ def accuracies_with_mean(mean):
 
 def test_a_log_is_checked(check):
     rows, rest, faults, status = check({"IRM_log.txt": log_text()})
-    assert rows == [["IRM", "70.000 % ± 4.082", "15", "checked", "IRM_log.txt"]]
+    assert rows == [["IRM", "70.000 % ± 4.082", "15", "1804", "checked", "IRM_log.txt"]]
     assert (rest, faults, status) == ("", [], 0)
 
 
@@ -195,8 +195,9 @@ def test_the_five_logs_of_run_sh(check):
         ["Backdoor", "70.000 % ± 4.082", "-"],
         ["IRM on the crossbar", "65.000 % ± 4.082", "-"],
     ]
-    assert [row[3:] for row in rows] == [["checked", name] for name in logs]
-    assert rest.splitlines()[1].split() == ["20", "."]
+    assert [row[3:5] for row in rows] == [["1804", "checked"] for _ in logs]
+    assert [row[5].split("  (")[0] for row in rows] == list(logs)
+    assert rest.splitlines()[1].split() == ["20", "15", "15", "."]
     assert (faults, status) == ([], 0)
 
 
@@ -239,15 +240,41 @@ def test_points_of_both_are_at_most_20_together(check, irm, group_dro, together)
         "c/memristor_log.txt": memristor_text(GOOD, GOOD),
     }
     _, rest, faults, status = check(logs)
-    assert [re.split(r" {2,}", line) for line in rest.splitlines()[1:]] == [[together, "张 三"]]
+    points, note = rest.split("\n\n")
+    assert note.startswith("not checked: ")
+    rows = [re.split(r" {2,}", line) for line in points.splitlines()[1:]]
+    ours = {row[-1]: row[:-1] for row in rows}
+    assert ours["c"] == ["15", "15", "missing"] and ours["李四"] == ["15", "missing", "15"]
+    assert ours["张 三"][0] == together and len(rows) == 3
     assert (faults, status) == ([], 0)
+
+
+def test_folders_of_faulty_logs_are_among_the_points(check):
+    logs = {"a/IRM_log.txt": log_text(), "a/groupDRO_log.txt": log_text(trainer="groupDRO")}
+    _, rest, _, _ = check(logs | {"b/IRM_log.txt": "", "b/groupDRO_log.txt": "cut"})
+    assert [line.split() for line in rest.splitlines()[1:]] == [
+        ["20", "15", "15", "a"],
+        ["0", "faulty", "faulty", "b"],
+    ]
+
+
+def test_a_log_without_its_arguments_is_no_log_of_the_framework(check):
+    """Somebody may have cut away what it could be checked by."""
+    lines = [line for line in log_text().splitlines() if line.startswith(("Group", "Summary"))]
+    rows, _, faults, status = check({"IRM_log.txt": "\n".join(lines)})
+    assert rows == [] and status == 1 and "no Arguments line" in faults[0]
+
+
+def test_a_log_of_another_trainer_than_its_name_says_is_pointed_out(check):
+    rows, *_ = check({"IRM_log.txt": log_text(trainer="groupDRO")})
+    assert note(rows) == "  (its name says IRM)"
 
 
 def test_of_two_logs_of_one_trainer_the_better_counts(check):
     bad = accuracies_with_mean(0.5)
     logs = {"IRM_log.txt": log_text(), "groupDRO_log.txt": log_text(bad, "groupDRO")}
     _, rest, _, _ = check(logs | {"IRM_log2.txt": log_text(bad)})
-    assert rest.splitlines()[1].split() == ["15", "."]
+    assert rest.splitlines()[1].split() == ["15", "0", "15", "."]
 
 
 def test_columns_are_aligned(in_process, tmp_path, monkeypatch):
@@ -257,7 +284,8 @@ def test_columns_are_aligned(in_process, tmp_path, monkeypatch):
     for name, content in logs.items():
         (tmp_path / name).write_text(content, "utf-8")
     lines = in_process("metric.py", *logs).stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines[:-2]) == 4 and lines[-1].startswith("not checked: ")
+    lines = lines[:4]
     assert len({line.index(name) for line, name in zip(lines, ["file", *logs], strict=True)}) == 1
     assert len({line.index("%") for line in lines[1:]}) == 1
     assert len({line.index("±") for line in lines[1:]}) == 1
@@ -277,7 +305,7 @@ def test_columns_are_aligned(in_process, tmp_path, monkeypatch):
 )
 def test_a_log_of_the_courses_framework_is_told_by_its_name(check, form, name, trainer, points):
     rows, _, faults, status = check({name: framework_text(0.68, form)})
-    assert rows == [[trainer, "68.000 % ± 2.000", points, "not checked", name]]
+    assert rows == [[trainer, "68.000 % ± 2.000", points, "-", "not checked", name]]
     assert (faults, status) == ([], 0)
 
 
@@ -402,7 +430,8 @@ def test_a_wrong_log_is_named_and_the_others_are_shown(check, kind):
     text, reason = WRONG[kind]
     logs = {"a/IRM_log.txt": log_text(), "b/groupDRO_log.txt": text, "c/IRM_log.txt": log_text()}
     rows, _, faults, status = check(logs)
-    assert [row[-1] for row in rows] == ["a/IRM_log.txt", "c/IRM_log.txt"]
+    same = "  (the same Summary as a/IRM_log.txt)"
+    assert [row[-1] for row in rows] == ["a/IRM_log.txt", f"c/IRM_log.txt{same}"]
     assert status == 1 and len(faults) == 1, faults
     assert faults[0].startswith("metric.py: b/groupDRO_log.txt: ") and reason in faults[0]
     assert len(faults[0]) < 300
@@ -443,7 +472,7 @@ def test_what_is_no_file_is_named(in_process, tmp_path, kind):
 def test_logs_as_other_systems_write_them(check, encode):
     logs = {"a/IRM_log.txt": encode(log_text()), "b/IRM_log.txt": encode(framework_text(0.5))}
     rows, _, faults, status = check(logs)
-    assert [row[2:4] for row in rows] == [["15", "checked"], ["0", "not checked"]]
+    assert [row[2:5:2] for row in rows] == [["15", "checked"], ["0", "not checked"]]
     assert (faults, status) == ([], 0)
 
 
@@ -498,9 +527,9 @@ def test_a_real_log_is_checked(in_process, small_files, check):
     assert log.returncode == 0, log.stderr
     rows, _, faults, status = check({"IRM_log.txt": log.stdout})
     assert (faults, status) == ([], 0)
-    assert rows[0][0] == "groupDRO" and rows[0][3] == "checked"
+    assert rows[0][0] == "groupDRO" and rows[0][3:5] == ["3", "checked"]
     sizes = DRAWN.replace("20000", "60")
-    assert note(rows) == f"  (data drawn with {sizes}; iteration is 2)"
+    assert note(rows) == f"  (data drawn with {sizes}; iteration is 2; its name says IRM)"
 
 
 def test_the_command(command, in_process, tmp_path):

@@ -20,6 +20,7 @@ from torch import nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 import register
+import trainer
 from dataset import MEAN, STD, ColoredMNIST, Samples, concatenate, load_dataset
 from metric import metrics
 from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO, Loss, Network
@@ -1112,3 +1113,38 @@ def test_a_network_of_a_gpu_is_loaded_on_a_cpu(in_process, small_files, small, t
     assert not any(value.is_cuda for value in (*network.parameters(), *loss.buffers()))
     accuracy = metrics(predict(network, small.test), small.test.labels)["Accuracy"]
     assert accuracy == pytest.approx(summary(result)["Accuracy_testmean"], abs=0.05)
+
+
+def test_a_flag_that_no_class_has_is_refused(in_process, small_files, monkeypatch):
+    """A misspelt flag for a loss of one's own would be in the log, and without any effect."""
+    parser = trainer.training_parser
+
+    def misspelt(description=""):
+        made = parser(description)
+        made.add_argument("--gama", type=float, default=1.0)
+        return made
+
+    monkeypatch.setattr(trainer, "training_parser", misspelt)
+    result = in_process("exp-mnist.py", "--dataset_path", small_files.parent, "--gama", 5)
+    assert_one_line(result, "--gama", "no effect")
+
+
+def test_a_network_of_a_flag_with_a_whole_default_is_loaded(quick, tmp_path, monkeypatch):
+    """Its value is a float where the default is not, as argparse reads it."""
+    parser = trainer.training_parser
+
+    class Scaled(ERM):
+        def __init__(self, beta=10):
+            super().__init__()
+
+    def with_beta(description=""):
+        made = parser(description)
+        made.add_argument("--beta", type=float, default=10)
+        return made
+
+    monkeypatch.setattr(trainer, "training_parser", with_beta)
+    monkeypatch.setitem(register.TRAINERS, "Scaled", Scaled)
+    result = quick("--trainer", "Scaled", "--beta", 30, "--save_model", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.glob("Scaled_*beta-30.0_*.pt")
+    assert isinstance(load_model(path)[1], Scaled)
