@@ -189,11 +189,12 @@ def report(rows: list[dict], trainers: list[str], conditions: list[str]) -> None
 def draw(rows: list[dict], trainer: str, options: list[str]) -> Figure:
     """A panel for each kind of damage."""
     repetitions = len({row["repetition"] for row in rows})
+    trainings = "1 training" if repetitions == 1 else f"{repetitions} trainings"
     patterns = len({row["pattern"] for row in rows})
     width = 3 * len(options) + 0.6  # inches
     figure = Figure(figsize=(width, 4), layout="constrained")
     caption = (
-        f"{trainer} on crossbars with defects. Points: the mean of {repetitions} trainings, each "
+        f"{trainer} on crossbars with defects. Points: the mean of {trainings} "
         f"with {patterns} patterns of broken devices where they are stuck. Bands: from the worst "
         "of these to the best. Dashed: the same networks, digital. Dotted: chance."
     )
