@@ -269,7 +269,8 @@ def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
         saved = torch.load(path, weights_only=True, map_location="cpu")
         arguments = default_arguments() | saved["arguments"]
         numbers = (saved["repetition"], arguments["seed"])
-        texts = (saved["data"], arguments["dataset_path"])
+        names = ("trainer", "network", "dataset_path")
+        texts = (saved["data"], *[arguments[name] for name in names])
         is_ours = all(isinstance(number, int) for number in numbers)
         is_ours = is_ours and all(isinstance(text, str) for text in texts)
         is_ours = is_ours and 0 <= arguments["validation"] <= 0.9

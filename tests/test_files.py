@@ -695,6 +695,7 @@ def test_hostile_and_other_models_run_nothing(saved, small_files, tmp_path):
         ({"arguments": arguments | {"hidden_dim": 4}}, "does not fit groupDRO and MLP"),
         ({"arguments": arguments | {"seed": "x"}}, "no network that --save_model wrote"),
         ({"arguments": arguments | {"dataset_path": 5}}, "no network that --save_model wrote"),
+        ({"arguments": arguments | {"trainer": ["IRM"]}}, "no network that --save_model wrote"),
         ({"repetition": "1"}, "no network that --save_model wrote"),
         ({"network": weights}, "nan or infinite"),
     ):
