@@ -95,6 +95,8 @@ class Clone:
         command = ["bash", script, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         options = {"cwd": cwd or self.folder, "env": variables | environment} | pipes
+        # A shell that runs the tests in the background has them ignore Ctrl-C.
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
         return subprocess.Popen(command, start_new_session=True, **options)
 
     def run(self, *arguments, **options):
