@@ -154,11 +154,11 @@ def crossbar(args: argparse.Namespace, count: int) -> None:
     theirs, whole = conversion + tuning + evaluation, ours + our_evaluation
     print(
         f"| MemTorch as it comes: conversion, tuning, evaluation of {len(test)} samples | 1 | "
-        f"{theirs:.1f} ({conversion:.1f} + {tuning:.1f} + {evaluation:.1f}) | |"
+        f"{theirs:.2f} ({conversion:.2f} + {tuning:.2f} + {evaluation:.2f}) | |"
     )
     print(
         f"| `to_crossbar`, with calibration; evaluation of {len(test)} samples | "
-        f"1 / {theirs / whole:.1f} | {whole:.1f} ({ours:.1f} + {our_evaluation:.1f}) | |"
+        f"1 / {theirs / whole:.1f} | {whole:.2f} ({ours:.2f} + {our_evaluation:.2f}) | |"
     )
 
 

@@ -536,17 +536,18 @@ def test_performance(printed):
     ours, theirs, ratio, draw, no_draw, memtorch, converted = lines[2:]
     assert ours[0].startswith("`exp-mnist.py --trainer IRM --repetitions 1 --grayscale")
     seconds = [float(row[2].split()[0]) for row in (ours, theirs)]
-    assert 1 < seconds[1] < 10 and theirs[0].endswith("another (--against)")
+    # That one sleeps for a second; how much longer anything takes is the machine's affair.
+    assert 0.9 < seconds[1] and theirs[0].endswith("another (--against)")
     assert float(ratio[1].split()[0]) == pytest.approx(seconds[0] / seconds[1], rel=0.2)
     assert float(ours[3]) > 200 > float(theirs[3]) > 1  # MiB: torch, and a Python that sleeps
-    assert float(draw[2]) > 0.01 and float(no_draw[2]) < 0.01
+    assert float(draw[2]) > float(no_draw[2])
     total, parts = memtorch[2].split(" (")
     times = [float(part) for part in parts.rstrip(")").split(" + ")]
     assert len(times) == 3 and float(total) == pytest.approx(sum(times), abs=0.2)
-    assert min(times[:2]) > 0
+    assert min(times[:2]) > 0, memtorch
     assert "20 samples" in memtorch[0] and "20 samples" in converted[0]
     factor, whole = float(converted[1].removeprefix("1 / ")), float(converted[2].split(" (")[0])
-    assert factor == pytest.approx(float(total) / whole, rel=0.3)
+    assert factor == pytest.approx(float(total) / whole, rel=0.3), (memtorch, converted)
     assert printed("performance")[-1].startswith("Machine: ")
 
 
