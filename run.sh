@@ -37,7 +37,7 @@ watched() { # COMMAND...: say every 15 s how far it is, and how it ended, if it 
     while { sleep 15 && kill -0 $$; } >/dev/null 2>&1; do # as long as run.sh runs
         say "  $((SECONDS - start)) s, .venv has $(du -sm .venv | cut -f 1) MB:" \
             "$(tail -n 1 $log | cut -c 1-70)"
-    done &
+    done 9>&- & # without the lock, which its last sleep would hold for long
     watcher=$!
     "$@" >$log 2>&1 || status=$?
     { kill $watcher && wait $watcher; } 2>/dev/null || true
