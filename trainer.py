@@ -393,13 +393,13 @@ def unused_flags(args: argparse.Namespace) -> set[str]:
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
-    """Say which flags have no effect; UserError if one can never have any."""
+    """Say which flags have no effect; UserError if one is given that can never have any."""
     defaults = default_arguments()
     parameters = {*NO_SETTINGS, *inspect.signature(train).parameters}
     for made in (*TRAINERS.values(), *NETWORKS.values()):
         parameters.update(inspect.signature(made).parameters)
     for name in defaults:
-        if name not in parameters:
+        if name not in parameters and getattr(args, name) != defaults[name]:
             raise UserError(f"--{name} has no effect: no trainer and no network has that parameter")
     changed = [name for name in sorted(unused_flags(args)) if getattr(args, name) != defaults[name]]
     if changed:

@@ -390,7 +390,7 @@ def test_weights_beside_phi_are_refused(data):
 def test_they_are_refused_before_the_training(in_process, folder, monkeypatch):
     import register
 
-    def unfit():
+    def unfit(hidden_dim=()):
         return Network(nn.Sequential(nn.Flatten(), Doubled(1568, 1)))
 
     monkeypatch.setitem(register.NETWORKS, "MLP", unfit)
