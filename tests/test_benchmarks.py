@@ -720,13 +720,28 @@ def test_a_file_that_cannot_be_written_is_found_first(in_process, tmp_path, scri
             assert_one_line(in_process(script, *SHORT[script], flag, path), path)
 
 
-def test_no_gpu_is_said_first(in_process):
-    require_memtorch()
+@pytest.mark.parametrize("script", ["paper_table.py", "performance.py"])
+def test_no_gpu_is_said_first(in_process, script):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    assert_one_line(
-        in_process("performance.py", *SHORT["performance.py"], "--cuda"), "--cuda", "GPU"
-    )
+    if script == "performance.py":
+        require_memtorch()
+    assert_one_line(in_process(script, *SHORT[script], "--cuda"), "--cuda", "GPU")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_the_papers_protocol_on_a_gpu(tmp_path, row):
+    paper = importlib.import_module("paper_table")
+    draw_environments(tmp_path, seed=3, sizes=(300, 300, 200))
+    samples = load_dataset(tmp_path).training
+    protocol = paper.PROTOCOLS[row]._replace(steps=8, hidden_dim=20)
+    batch = paper.paper_batch(samples, protocol.grayscale)
+    on_gpu = paper.paper_batch(samples.to("cuda"), protocol.grayscale)
+    network = paper.paper_training(protocol, on_gpu, seed=1)
+    assert all(value.is_cuda for value in (*network.parameters(), *on_gpu.images))
+    expected = paper.paper_training(protocol, batch, seed=1)(batch.images)
+    assert torch.allclose(network(on_gpu.images).cpu(), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
