@@ -47,7 +47,9 @@ watched() { # COMMAND...: say every 15 s how far it is, and how it ended, if it 
 
 check_python() { # the user's own, into which nothing is installed; $1 is test or nothing
     local needed=(torch torchvision numpy scikit-learn tqdm filelock) package missing=() reasons=""
-    if [ "${1:-}" = test ]; then needed+=(pytest); fi
+    if [ "${1:-}" = test ]; then
+        needed+=(pytest matplotlib nbclient nbformat ipykernel distributed)
+    fi
     right_version "$python" || { say "PYTHON=$python is not Python 3.10 to 3.14"; exit 1; }
     imports "${needed[@]/scikit-learn/sklearn}" && return
     for package in "${needed[@]}"; do

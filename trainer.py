@@ -47,7 +47,7 @@ def train(
         batch_size: samples in a minibatch
         learning_rate: of Adam
         weight_decay: L2 coefficient of Adam
-        steady: average the weights of the last quarter of the steps (Izmailov et al. 2018,
+        steady: average the weights of the last quarter of the steps (after Izmailov et al. 2018,
             arXiv:1803.05407), and clip gradients to a norm of 0.1 (Pascanu et al. 2013,
             arXiv:1211.5063)
         evaluation_steps: iterations from log line to log line

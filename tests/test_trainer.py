@@ -882,7 +882,7 @@ def test_flags_reach_the_training():
 
 VREX = '''
 class VREx(Loss):
-    """Risk extrapolation (Krueger et al. 2021, arXiv:2003.00688): mean + β · variance of R_e."""
+    """Risk extrapolation (after Krueger et al. 2021, arXiv:2003.00688): mean + β · variance."""
 
     def __init__(self, beta: float = 10.0):
         super().__init__()
@@ -894,7 +894,7 @@ class VREx(Loss):
 '''
 CORAL = '''
 class CORAL(Loss):
-    """Deep CORAL (Sun & Saenko 2016, arXiv:1607.01719): features alike in both environments."""
+    """After Deep CORAL (Sun & Saenko 2016, arXiv:1607.01719), with means aligned as well."""
 
     def __init__(self, gamma: float = 1.0):
         super().__init__()
