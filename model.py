@@ -151,9 +151,9 @@ class GroupDRO(Loss):
     """Group DRO, distributionally robust: the assignment's Algorithm 1, over minibatches.
 
     It is the minibatch form of Algorithm 1 of Sagawa et al. 2019 (arXiv:1911.08731), which draws
-    one group a step. q starts uniform. In each step q_e ← q_e exp(η L_e), then q is renormalised, and Σ q_e L_e is
-    minimised with q held constant. Where a minibatch lacks an environment, its q_e changes by the
-    renormalisation alone.
+    one group a step. q starts uniform. In each step q_e ← q_e exp(η L_e), then q is renormalised,
+    and Σ q_e L_e is minimised with q held constant. Where a minibatch lacks an environment, its q_e
+    changes by the renormalisation alone.
 
     Args:
         eta: step size η of the weights q
