@@ -1,12 +1,14 @@
 """Logits and labels → Accuracy, AUC, macro F1; their mean over repetitions; and what checks logs.
 
 python metric.py IRM_log.txt groupDRO_log.txt
+python metric.py hand-ins/*/
 """
 
 import argparse
 import ast
 import codecs
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -94,6 +96,7 @@ DRAWN_WITH = "p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], shuffle
 class Log(NamedTuple):
     """What a row of the table shows."""
 
+    hand_in: str  # the folder that it belongs to
     file: str
     trainer: str
     seed: str
@@ -103,7 +106,10 @@ class Log(NamedTuple):
 
     @property
     def points(self) -> int | None:
-        """The assignment's 15, 10 or 0; None for what it does not grade."""
+        """The assignment's 15, 10 or 0; None for what it does not grade.
+
+        Its sheet has ≥ 60 % and ≥ 55 % for groupDRO, > for IRM: here both are ≥.
+        """
         if self.trainer not in GRADED:
             return None
         # The mean of three accuracies is often a little less than 0.55 where it is just that.
@@ -113,23 +119,31 @@ class Log(NamedTuple):
         return 10 if accuracy >= 0.55 else 0
 
 
-def read_log(file: str) -> Log:
-    """Check a log of this project, or read one of the course's framework; UserError if wrong."""
+def read_log(hand_in: str, file: str) -> Log:
+    """Check a log of this project, or read the Summary of another one; UserError if wrong."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise UserError("it is empty")
-    if not lines[-1].startswith("Summary: "):
-        raise UserError("it is cut off, as its last line is not the Summary")
-    summary = read_figures(lines[-1], SUMMARY)
-    arguments = [line for line in lines if line.startswith("Arguments: ")]
-    if not arguments and not any(re.fullmatch(r"Repetition \d+ of \d+", line) for line in lines):
+    with_summary = [line for line in lines if "Summary: {" in line]
+    if not with_summary:
+        raise UserError(f"it has no Summary; its last line is {lines[-1][:100]}")
+    last = with_summary[-1]
+    summary = read_figures(last[last.rindex("Summary: {") :], SUMMARY)
+    notes = []
+    if lines[-1] != last:
+        notes.append(f"after its Summary there is more: {lines[-1][:40]}")
+    runs = [line for line in lines if line.startswith("Arguments: ")]
+    used = read_arguments(runs[0]) if runs else None
+    if used is None:
         if any(line.startswith(("Group accuracy: ", "Flip rate: ")) for line in lines):
-            raise UserError("it has no Arguments line, which each log of this project begins with")
-        return Log(file, named_trainer(file) or "?", "-", summary, False, [])
+            notes.append("without the Arguments line of this project")
+        trainer, seed = named_trainer(file) or "?", "-"
+        if trainer == "?":
+            notes.append("its name says no trainer")
+        return Log(hand_in, file, trainer, seed, summary, False, notes)
 
-    if len(arguments) != 1:
-        raise UserError(f"it has {len(arguments)} Arguments lines: a log is of one run")
-    used = read_arguments(arguments[0])
+    if len(runs) > 1:
+        raise UserError(f"it holds {len(runs)} runs, as it has as many Arguments lines")
     digital = [line for line in lines if line.startswith("Test result: ")]
     on_crossbar = [line for line in lines if line.startswith("Crossbar test result: ")]
     results = [read_figures(line, METRICS) for line in on_crossbar or digital]
@@ -139,16 +153,31 @@ def read_log(file: str) -> Log:
         if not np.isclose(summary[name], value, rtol=0, atol=1e-9, equal_nan=True):
             raise UserError(f"its Summary says {name} {summary[name]}, its results give {value}")
     trainer = used["trainer"] + (" on the crossbar" if on_crossbar else "")
-    notes = notes_on(used, lines)
+    notes += notes_on(used, lines)
     if named_trainer(file) not in (None, trainer):
         notes.append(f"its name says {named_trainer(file)}")
-    return Log(file, trainer, str(used.get("seed", "-")), summary, True, notes)
+    number = re.findall(r"\d{6,}", Path(hand_in).name)  # a student's, in the folder's name
+    if number and int(number[-1][-4:]) != used.get("seed"):
+        notes.append(f"its seed is not {number[-1][-4:]}")
+    return Log(hand_in, file, trainer, str(used.get("seed", "-")), summary, True, notes)
 
 
 def named_trainer(file: str) -> str | None:
-    """The trainer that a log's name says, as the assignment wants these names; None for others."""
-    trainers = {"erm_log.txt": "ERM", "groupdro_log.txt": "groupDRO", "irm_log.txt": "IRM"}
-    return trainers.get(Path(file).name.lower())
+    """The trainer that a log's name says: IRM for IRM_log.txt, irm.log, IRM_log (1).txt."""
+    name = re.fullmatch(r"(ERM|groupDRO|DRO|IRM)[ _.-].*(txt|log)", Path(file).name, re.IGNORECASE)
+    trainers = {"erm": "ERM", "groupdro": "groupDRO", "dro": "groupDRO", "irm": "IRM"}
+    return trainers[name[1].lower()] if name else None
+
+
+def logs_below(hand_in: str) -> list[str]:
+    """The logs of the assignment in a folder, or else those in its subfolders."""
+    found = []
+    for folder, subfolders, files in os.walk(hand_in):
+        logs = [file for file in sorted(files) if named_trainer(file)]
+        found += [os.path.join(folder, file) for file in logs]
+        deeper = [] if logs else sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = deeper  # where os.walk goes on
+    return found
 
 
 def read_text(file: str) -> str:
@@ -186,21 +215,18 @@ def read_figures(line: str, names: list[str]) -> dict[str, float]:
     return dict(zip(names, values, strict=True))
 
 
-def read_arguments(line: str) -> dict:
-    """What an Arguments line says; it is read, never run."""
+def read_arguments(line: str) -> dict | None:
+    """What an Arguments line of this project says, None of another; it is read, never run."""
     text = line.removeprefix("Arguments: ")
     try:
         arguments = ast.literal_eval(text) if len(text) <= LONGEST else None
         # Only as Python itself writes a dict: no number that is too large for text, say.
         is_ours = isinstance(arguments, dict) and str(arguments) == text
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        is_ours = False
-    if not is_ours:
-        raise UserError("its Arguments line is not of this project's form")
+        return None
     for name, kind in (("trainer", str), ("repetitions", int)):
-        if not isinstance(arguments.get(name), kind):
-            raise UserError(f"its Arguments line says no {name}")
-    return arguments
+        is_ours = is_ours and isinstance(arguments.get(name), kind)
+    return arguments if is_ours else None
 
 
 def notes_on(arguments: dict, lines: list[str]) -> list[str]:
@@ -214,9 +240,8 @@ def notes_on(arguments: dict, lines: list[str]) -> list[str]:
             if drawn and drawn[1] != DRAWN_WITH:
                 notes.append(f"data drawn with {drawn[1]}")
     for name, default in DEFAULTS.items():
-        # What has no effect on this trainer is no difference.
-        if ONLY_OF.get(name, arguments["trainer"]) != arguments["trainer"]:
-            continue
+        if ONLY_OF.get(name) not in (None, arguments["trainer"]):
+            continue  # what has no effect on this trainer is no difference
         value = arguments.get(name, default)
         if isinstance(value, list):
             value = tuple(value)
@@ -244,70 +269,88 @@ def on_one_line(text: str) -> str:
 def log_table(logs: list[Log]) -> str:
     """A row for each log."""
     rows = [["trainer", "test accuracy", "points", "seed", "Summary", "file"]]
-    first_with = {}
     for log in logs:
-        first = first_with.setdefault(str(log.summary), log.file)
-        notes = log.notes + ([f"the same Summary as {first}"] if first != log.file else [])
         mean, deviation = log.summary["Accuracy_testmean"], log.summary["Accuracy_teststd"]
         # Three decimals, as 59.998 % must not look like 60.
         accuracy = f"{100 * mean:7.3f} % ± {100 * deviation:.3f}"
         points = "-" if log.points is None else str(log.points)
-        file = log.file + (f"  ({'; '.join(notes)})" if notes else "")
+        file = log.file + (f"  ({'; '.join(log.notes)})" if log.notes else "")
         checked = "checked" if log.checked else "not checked"
         cells = [log.trainer, accuracy, points, log.seed, checked, file]
         rows.append([on_one_line(cell) for cell in cells])
     return table(rows)
 
 
-def points_table(logs: list[Log], faulty: list[str]) -> str:
-    """A row for each folder that has one of the assignment's logs; "" unless both kinds are there.
-
-    Of two logs of one trainer the better counts. `faulty` are the files that could not be read.
-    """
-    folders = {}
+def note_same_results(logs: list[Log]) -> None:
+    """Add notes to logs whose three means are the same in five decimals, as a copy's are."""
+    same = {}
     for log in logs:
-        if log.points is not None:
-            best = folders.setdefault(str(Path(log.file).parent), {})
-            best[log.trainer] = max(log.points, best.get(log.trainer, 0))
-    for file in faulty:
-        if named_trainer(file) in GRADED:
-            folders.setdefault(str(Path(file).parent), {}).setdefault(named_trainer(file), "faulty")
-    if {trainer for best in folders.values() for trainer in best} != set(GRADED):
-        return ""
-    rows = [["points together, at most 20", *GRADED, "folder"]]
-    for folder in sorted(folders):
-        shown = [folders[folder].get(trainer, "missing") for trainer in GRADED]
-        together = min(20, sum(points for points in shown if isinstance(points, int)))
-        rows.append([str(together), *map(str, shown), on_one_line(folder)])
+        means = tuple(f"{log.summary[f'{name}_testmean']:.5f}" for name in METRICS)
+        same.setdefault(means, []).append(log)
+    for copies in same.values():
+        for log in copies if len(copies) > 1 else []:
+            other = copies[1] if log is copies[0] else copies[0]
+            more = f" and {len(copies) - 2} more" if len(copies) > 2 else ""
+            log.notes.append(f"the same results as {other.file} (seed {other.seed}){more}")
+
+
+def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> str:
+    """A row for each hand-in: its points, and which logs have notes.
+
+    Of several logs of one trainer the best counts. `faulty` are hand-in, file and reason of the
+    logs that could not be read.
+    """
+    rows = [["points together, at most 20", *GRADED, "notes on", "folder"]]
+    for hand_in in dict.fromkeys(hand_ins):
+        ours = [log for log in logs if log.hand_in == hand_in and log.points is not None]
+        found = {}
+        for trainer in GRADED:
+            points = [log.points for log in ours if log.trainer == trainer]
+            if points:
+                found[trainer] = max(points)
+            elif any(of == hand_in and named_trainer(file) == trainer for of, file, _ in faulty):
+                found[trainer] = "faulty"
+            else:
+                found[trainer] = "missing"
+        together = min(20, sum(points for points in found.values() if isinstance(points, int)))
+        noted = ", ".join(dict.fromkeys(log.trainer for log in ours if log.notes)) or "-"
+        row = [str(together), *map(str, found.values()), noted, hand_in]
+        rows.append([on_one_line(cell) for cell in row])
     return table(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Check logs, and show their results and the points that these earn.",
-        epilog="A log of this project is checked: its Summary is computed again. "
-        "The exit status is 1 if anything is wrong.",
+        epilog="A log of this project is checked: its Summary is computed again from the results "
+        "in it, and what departs from the assignment is noted. Of others the Summary is read. The "
+        "exit status is 1 if a log is faulty.",
         allow_abbrev=False,
     )
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="such as IRM_log.txt")
-    logs, faulty, faults = [], [], []
-    for file in parser.parse_args().logs:
-        try:
-            logs.append(read_log(file))
-        except UserError as reason:
-            faulty.append(file)
-            faults.append(on_one_line(f"metric.py: {file}: {reason}"))
+    what = "such as IRM_log.txt, or a folder: one hand-in, whose logs are looked for in it"
+    parser.add_argument("logs", nargs="+", metavar="LOG", help=what)
+    arguments = parser.parse_args().logs
+    hand_ins, logs, faulty = [], [], []
+    for argument in arguments:
+        is_folder = os.path.isdir(argument)
+        hand_in = str(Path(argument) if is_folder else Path(argument).parent)
+        hand_ins.append(hand_in)
+        for file in logs_below(hand_in) if is_folder else [argument]:
+            try:
+                logs.append(read_log(hand_in, file))
+            except UserError as reason:
+                faulty.append((hand_in, file, reason))
+    note_same_results(logs)
     if logs:
         print(log_table(logs))
-    points = points_table(logs, faulty)
-    if points:
-        print(f"\n{points}")
+    if any(map(os.path.isdir, arguments)) or {log.trainer for log in logs}.issuperset(GRADED):
+        print(f"\n{points_table(hand_ins, logs, faulty)}")
     if not all(log.checked for log in logs):
         print("\nnot checked: there is nothing but a Summary to go by")
     sys.stdout.flush()
-    for fault in faults:
-        print(fault, file=sys.stderr)
-    if faults:
+    for _, file, reason in faulty:
+        print(on_one_line(f"metric.py: {file}: {reason}"), file=sys.stderr)
+    if faulty:
         sys.exit(1)
 
 
