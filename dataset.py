@@ -1,5 +1,6 @@
 """Files of ColoredMNIST → samples on the device, and minibatches of them."""
 
+import itertools
 import json
 import math
 import pickle
@@ -163,17 +164,14 @@ def load_dataset(
             f"environments and one test environment are supported; remove what is more, or {anew}"
         )
 
-    parts = {}
-    for name, env in envs_of.items():
-        part, form, file_seed = read_file(folder / f"{name}.pt", env)
-        for other, (earlier, other_form) in parts.items():
-            if form != other_form:
-                raise UserError(f"{folder} mixes files of different draws or forms: {anew}")
-            if torch.equal(part.images, earlier.images):
-                raise UserError(f"{folder} has the same images as {other} and as {name}: {anew}")
-        parts[name] = part, form
-    samples = {name: part.to(device) for name, (part, _) in parts.items()}
-    test = samples["test"]
+    files = {name: read_file(folder / f"{name}.pt", env) for name, env in envs_of.items()}
+    if len({form for _, form, _ in files.values()}) > 1:
+        raise UserError(f"{folder} mixes files of different draws or forms: {anew}")
+    for one, other in itertools.combinations(files, 2):
+        if torch.equal(files[one][0].images, files[other][0].images):
+            raise UserError(f"{folder} has the same images as {one} and as {other}: {anew}")
+    samples = {name: part.to(device) for name, (part, _, _) in files.items()}
+    test, (_, form, file_seed) = samples["test"], files["test"]
     if "train1" in samples:
         training, validation = concatenate([samples["train1"], samples["train2"]]), None
     else:
@@ -209,31 +207,33 @@ def read_file(path: Path, env: int | None) -> tuple[Samples, str, int | None]:
     [images, labels], with environments where `env` is None. UserError names file and remedy.
     """
     try:
-        zipped = check_sums(path)
+        has_sums = check_sums(path)
         with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles that torch did not write
             record = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # whatever a stranger's bytes may provoke
         if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
-            error = "whole, but not read, as it holds other things than tensors, numbers and images"
-        elif not isinstance(error, (UserError, OSError)):
-            error = "damaged"
-        raise unusable(path, error) from None
+            reason = "whole, but not read, as it holds more than tensors, numbers and images"
+        elif isinstance(error, (UserError, OSError)):
+            reason = str(error)
+        else:
+            reason = "damaged"
+        raise unusable(path, reason) from None
     try:
         samples, form, seed = samples_of(record, path.stem, env)
-    except Exception as error:
-        if not isinstance(error, UserError):
-            error = f"whole, but of no known form: {described(record)}"
-        raise unusable(path, error) from None
-    if not zipped:
+    except UserError as error:
+        raise unusable(path, str(error)) from None
+    except Exception:
+        raise unusable(path, f"whole, but of no known form: {described(record)}") from None
+    if not has_sums:
         form += ", in torch's old format, which has no checksums"
     return samples, form, seed
 
 
 def check_sums(path: str | Path) -> bool:
-    """Whether a file of torch.save has checksums; raises UserError or others if they don't fit.
+    """Compare a file's checksums, as torch.load does not; False where it has none.
 
-    torch.load itself does not compare them. Files of its old format have none.
+    Those of torch's old format have none. Raises UserError or others if they don't fit.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"  # as torch.load tells its two formats apart
@@ -244,7 +244,7 @@ def check_sums(path: str | Path) -> bool:
     return zipped
 
 
-def unusable(path: Path, reason: object) -> UserError:
+def unusable(path: Path, reason: str) -> UserError:
     return UserError(
         f"{path} cannot be used ({reason}): replace it, or move {path.parent} away to draw the "
         "assignment's data"

@@ -26,6 +26,7 @@ from model import ERM, Loss, Network
 from preprocessing import UserError, number, run_command, warn
 from trainer import (
     default_arguments,
+    evaluate,
     load,
     load_saved,
     predict,
@@ -123,6 +124,7 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
     """A linear ADC without overflow, in place, as MemTorch's `quantize` does it row by row.
 
     Its step is the power of two at which the largest of a row (..., columns of a tile) just fits.
+    Columns that a layer leaves unused count, as in MemTorch: broken devices there widen the range.
     """
     largest = currents.abs().amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(largest + 1e-12)  # mantissa * 2 ** exponent, from 0.5 to 1
@@ -302,7 +304,7 @@ def check_devices(r_on: float, r_off: float) -> None:
     if IMPORT_ERROR is not None:
         reason = str(IMPORT_ERROR).split("\n")[0] or type(IMPORT_ERROR).__name__
         raise UserError(f"MemTorch can't be imported ({reason}): run ./run.sh, or see README.md")
-    if r_on >= r_off:
+    if r_on >= r_off or math.isclose(r_on, r_off):  # MemTorch refuses these, too
         raise UserError(f"--r_on {r_on} is not below --r_off {r_off}")
 
 
@@ -365,7 +367,7 @@ class Imitation(ERM):
 
     def __init__(self, teacher: Network):
         super().__init__()
-        self.teacher = teacher.eval()
+        self.teacher = teacher.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "Imitation":
         super().train(mode)
@@ -384,9 +386,7 @@ def harden(network: Network, training: Samples, **settings) -> Network:
     Trained on `training` in both colours by `trainer.train` with its `settings`, but `HARDENING`
     times as long and without weight decay. Raises UserError where `check_network` does.
 
-    It trains as `--steady` does only where the settings say so: hardening needs no help. With all
-    defects of benchmarks/robustness.py at once, Backdoor then lost 1.3 points of its digital
-    accuracy without it and 1.1 with it, IRM 0.1 and 0.0 (seed 40000, three patterns of defects).
+    It trains as `--steady` does only where the settings say so.
     """
     check_network(network)
     settings["iteration"] = HARDENING * settings.get("iteration", 400)
@@ -432,7 +432,7 @@ def memristor_parser() -> argparse.ArgumentParser:
     add("--conductance_states", type=number(int, 2, 65536), help=states)
     variability = "standard deviation of r_on and r_off between devices, relative, 0 to 1"
     add("--device_variability", type=proportion, default=0.0, help=variability)
-    fault_seed = "seed of stuck devices and variability"
+    fault_seed = "seed of stuck devices and variability, the same in each repetition"
     add("--fault_seed", type=number(int, 0, 2**32 - 1), default=0, help=fault_seed)
     return parser
 
@@ -468,10 +468,18 @@ def trained(args: argparse.Namespace, data: Dataset) -> Iterator[tuple[Network, 
         check_network(network)
         train(network, loss, training, validation, **training_settings(args))
         if args.harden:
-            seed_repetition(args, repetition)
-            network = harden(network, training, **training_settings(args))
+            network = hardened(args, repetition, network, training, data.test)
         save(args, repetition, network, loss, data.form)
         yield network, training
+
+
+def hardened(
+    args: argparse.Namespace, repetition: int, network: Network, training: Samples, test: Samples
+) -> Network:
+    """What `harden` makes of a network, whose test result is printed before."""
+    print(f"Before hardening: {evaluate(network, test)}")
+    seed_repetition(args, repetition)
+    return harden(network, training, **training_settings(args))
 
 
 class Saved(NamedTuple):
@@ -518,27 +526,26 @@ def read_networks(paths: list[str]) -> list[Saved]:
     return files
 
 
-# Flags that count beside --load_model, as they have no part in what was trained.
-BESIDE_FILES = ("dataset_path", "no_cuda", "evaluation_steps", "save_model")
-
-
 def arguments_beside(files: list[Saved]) -> argparse.Namespace:
     """The command line's arguments, but those of the training as they are in the files."""
     of_files = {"repetitions": len(files)}
+    not_theirs = ("repetitions", "no_cuda", "evaluation_steps", "save_model")
     for name, value in vars(files[0].arguments).items():
-        if name in default_arguments() and name not in ("repetitions", "save_model"):
+        if name in default_arguments() and name not in not_theirs:
             of_files[name] = value
     # What isn't given stays as it is in the namespace: so this tells what is given.
     args = memristor_parser().parse_args(namespace=argparse.Namespace(**of_files))
     ignored = []
     for name, value in of_files.items():
-        if name not in BESIDE_FILES and getattr(args, name) != value:
+        if name != "dataset_path" and getattr(args, name) != value:
             ignored.append(f"--{name}")
             setattr(args, name, value)
     if ignored:
         warn(f"{', '.join(sorted(ignored))}: what the files say counts, not what was given beside")
     if files[0].hardened and args.harden:
         warn("--harden: these networks were saved hardened, and stay as they are")
+    elif args.save_model and not args.harden:
+        warn("--save_model: there is nothing new to save without --harden")
     args.harden = args.harden or files[0].hardened
     return args
 
@@ -556,8 +563,7 @@ def loaded(
         training, _ = data.hold_out(args.validation)
         network = file.network.to(training.images.device)
         if args.harden and not file.hardened:
-            seed_repetition(args, file.repetition)
-            network = harden(network, training, **training_settings(args))
+            network = hardened(args, file.repetition, network, training, data.test)
             save(args, file.repetition, network, file.loss, file.data)
         yield network, training
 

@@ -213,8 +213,8 @@ class Backdoor(Loss):
     P(y = 1 | x, s) are Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and one Φ for all
     strata (prior correction, King & Zeng 2001). Training fits Φ by maximum likelihood, and counts
     o_s and P(s) in the minibatches. `probability` computes step 4. The commands decide by Φ(x) > 0,
-    as for the other trainers, which is P(y = 1 | do(x)) > 1/2 where the offsets of the colours are
-    each other's negatives, as they nearly are here.
+    as for the other trainers, which is P(y = 1 | do(x)) > 1/2 where the colours are equally
+    frequent and their offsets each other's negatives, as they nearly are here.
 
     Balancing is the adjustment of another graph, s → x, s → y, y → x: each sample counts
     1 / P(y | s), which gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little &

@@ -92,16 +92,11 @@ def draw_environments(
             record = color_digits(images[part], digits[part], p_f, flip, generator)
             record |= drawn | {"environment": environment}
             torch.save(record, partial / f"{environment}.pt")
-        # Renamed here, as long as the lock is held.
         if folder.exists():  # with nothing in it but hidden files, such as .gitkeep
-            aside = partial.with_suffix(".hidden")
-            folder.rename(aside)
-            partial.replace(folder)
-            for path in aside.iterdir():
-                path.replace(folder / path.name)
-            aside.rmdir()
-        else:
-            partial.replace(folder)
+            for path in folder.iterdir():
+                path.replace(partial / path.name)
+            folder.rmdir()
+        partial.replace(folder)  # here, as long as the lock is held
     return True
 
 
@@ -140,7 +135,7 @@ def torchvision_mnist(train: bool) -> tuple[Tensor, Tensor]:
             with written_whole(raw) as partial:
                 try:
                     mnist = MNIST(partial, train, download=True)
-                except RuntimeError as error:  # what each mirror said, in lines of its own
+                except (RuntimeError, OSError) as error:  # of several lines, for each mirror
                     raise UserError(" ".join(str(error).split())) from None
                 raw.mkdir(exist_ok=True)
                 for file in Path(mnist.raw_folder).iterdir():
@@ -151,8 +146,8 @@ def torchvision_mnist(train: bool) -> tuple[Tensor, Tensor]:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(
             f"there is no {DATA / 'mnist.npz'}, and MNIST could not be read from {raw} or "
-            f"downloaded ({reason}): put mnist.npz or MNIST's four files there, or ready .pt files "
-            "into the folder ColoredMNIST"
+            f"downloaded ({reason}): put mnist.npz or MNIST's four files there, the one or the "
+            "others, or ready .pt files into the folder ColoredMNIST"
         ) from None
 
 

@@ -7,10 +7,11 @@
 #   PYTHON=.../python  a Python that has torch, to be used as it is (else .venv is made)
 # and pip's own, for making .venv, such as PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
 set -euo pipefail
-trap 'exit 130' INT
+complete=() # the logs that this run has written
+trap 'say "interrupted${complete[0]:+; complete: ${complete[*]}}"; exit 130' INT
 CDPATH='' cd -- "$(dirname -- "$0")"
 
-seed=1234 # the last four digits of your student number
+seed=1234 # the last four digits of your student number; no spaces around =
 seed=${SEED:-$seed}
 
 memtorch="memtorch-cpu==1.1.6"
@@ -18,6 +19,11 @@ python=${PYTHON:-.venv/bin/python}
 apt_install="Debian, Ubuntu: apt install"
 
 say() { echo "run.sh: $*" >&2; }
+
+if [[ ! $seed =~ ^[0-9]+$ ]]; then
+    say "seed=$seed: the last four digits of your student number are wanted, such as 0731"
+    exit 2
+fi
 
 quoted() { printf ' %q' "$@"; } # words as they can be pasted into a shell
 
@@ -117,6 +123,7 @@ if command -v flock >/dev/null; then # two first runs at once: one of them sets 
 fi
 if [ -n "${PYTHON:-}" ]; then check_python "$@"; else set_up; fi
 crossbar=0
+say "looking for torch and MemTorch"
 if [ -e memristor.py ] && set_up_memtorch; then crossbar=1; fi
 exec 9>&-
 
@@ -138,12 +145,8 @@ for argument in "$@"; do
         --seed | --seed=*) say "in place of --seed write SEED=2024 ./run.sh"; exit 2 ;;
         --trainer | --trainer=*) say "--trainer is for exp-mnist.py: this runs all"; exit 2 ;;
         --no_cuda | --dataset_path=*) memristor+=("$argument") ;;
-        --save_model=*) models=${argument#*=} ;;
     esac
-    case $previous in
-        --dataset_path) memristor+=("$previous" "$argument") ;;
-        --save_model) models=$argument ;;
-    esac
+    if [ "$previous" = --dataset_path ]; then memristor+=("$previous" "$argument"); fi
     previous=$argument
 done
 
@@ -168,25 +171,22 @@ experiments() { # until one fails
     for trainer in ERM groupDRO Backdoor; do
         log "$logs${trainer}_log.txt" "${train[@]}" "$@" --trainer $trainer || return
     done
-    touch "$begin"
     log "${logs}IRM_log.txt" "${train[@]}" --save_model "$models" "$@" --trainer IRM || return
     if [ $crossbar -eq 0 ]; then return; fi
     memristor+=(--load_model)
-    for network in "$models"/IRM_*_seed$((10#$seed))_*.pt; do # those that this run has saved
-        [ "$begin" -nt "$network" ] || memristor+=("$network")
-    done
+    while read -r network; do memristor+=("$network"); done \
+        < <(sed -n "s/^Saved: //p" "${logs}IRM_log.txt")
     log "${logs}memristor_log.txt" "${memristor[@]}"
 }
 
 mkdir -p "${logs:-.}"
 partial=$logs.run.$$.partial # $$ tells this run from others at the same time
-begin=$logs.begin.$$.partial
-trap 'rm -f "$partial" "$begin"' EXIT
-for left in "$logs".run.*.partial "$logs".begin.*.partial; do # by runs that were killed
+trap 'rm -f "$partial"' EXIT
+for left in "$logs".run.*.partial; do # by runs that were killed
     process=${left%.partial}
     [ ! -e "$left" ] || kill -0 "${process##*.}" 2>/dev/null || rm -f "$left"
 done
-count=0 complete=() status=0
+count=0 status=0
 experiments "$@" || status=$?
 [ ${#complete[@]} -eq 0 ] || "$python" metric.py "${complete[@]}" || status=$?
 exit $status

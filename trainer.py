@@ -2,9 +2,9 @@
 
 import argparse
 import inspect
-import os
 import shlex
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,6 +52,8 @@ def train(
             arXiv:1211.5063)
         evaluation_steps: iterations from log line to log line
     """
+    if any(weights.requires_grad for weights in loss.parameters()):
+        raise UserError("the loss has weights of its own, and only the network's are trained")
     network.to(training.images.device).train()
     loss.to(training.images.device).train()
     optimizer = torch.optim.Adam(
@@ -62,6 +64,8 @@ def train(
     for step in tqdm(range(1, iteration + 1), disable=None, leave=False):  # None: in a terminal
         batch = next(batches)
         objective = loss(network, batch)
+        if objective.shape != ():
+            raise UserError(f"a loss is one number, and this one is {tuple(objective.shape)}")
         network.zero_grad()  # all of it, as the output layer gets gradients, too
         objective.backward()
         if steady:
@@ -70,7 +74,10 @@ def train(
         if steady and step > 0.75 * iteration:
             average.update_parameters(network)
         if not objective.isfinite():
-            raise UserError(f"diverged at iteration {step}: lower {' or '.join(strengths(loss))}")
+            raise UserError(
+                f"diverged at iteration {step}: lower --learning_rate or a weight of the loss "
+                "(--reg_lambda, --eta); or a minibatch had too few samples for this loss"
+            )
         if step % evaluation_steps == 0:
             report(step, objective, network, loss, batch, validation)
     if steady:
@@ -78,15 +85,6 @@ def train(
         update_bn(training.chunks(), network)  # for a network that has batch normalisation
     loss.eval()
     return network.eval()
-
-
-def strengths(loss: Loss) -> list[str]:
-    """The flags that make an objective diverge if they are too high."""
-    flags = ["--learning_rate"]
-    for parameter in inspect.signature(type(loss)).parameters.values():
-        if isinstance(parameter.default, float) and parameter.name in default_arguments():
-            flags.append(f"--{parameter.name}")
-    return flags
 
 
 @torch.no_grad()
@@ -117,8 +115,11 @@ def report(
 
 
 @torch.no_grad()
-def predict(network: nn.Module, samples: Samples) -> Tensor:
-    """Logits (N,) of all samples, computed where the network is: a crossbar's on the CPU."""
+def predict(network: Network, samples: Samples) -> Tensor:
+    """Logits (N,) of samples, one at least, computed where the network is: a crossbar's on the CPU.
+
+    Raises UserError if one isn't finite.
+    """
     network.eval()
     device = network.output_layer.device
     logits = torch.cat([network(batch.images.to(device)) for batch in samples.chunks()])
@@ -127,8 +128,8 @@ def predict(network: nn.Module, samples: Samples) -> Tensor:
     return logits
 
 
-def evaluate(network: nn.Module, samples: Samples) -> dict[str, float]:
-    """Accuracy, AUC and F1_macro on all samples."""
+def evaluate(network: Network, samples: Samples) -> dict[str, float]:
+    """Accuracy, AUC and F1_macro on all samples, one at least."""
     return metrics(predict(network, samples), samples.labels)
 
 
@@ -138,7 +139,8 @@ def load(args: argparse.Namespace) -> Dataset:
     if use_gpu:
         torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions, too
     print(f"Arguments: {vars(args)}")
-    print(f"Device: {torch.cuda.get_device_name() if use_gpu else 'CPU'}")
+    device = torch.cuda.get_device_name() if use_gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"Device: {device}, torch {torch.__version__}")
     data = load_dataset(args.dataset_path, args.seed, "cuda" if use_gpu else "cpu")
     print(f"Data: {data.description}", flush=True)
     if args.save_model:  # what can't be written there is said now, not after the training
@@ -149,7 +151,8 @@ def load(args: argparse.Namespace) -> Dataset:
     if data.seed not in (None, args.seed):
         warn(
             f"seed {args.seed} trains on the data of seed {data.seed}, which stay as they were "
-            f"drawn at first; to draw them anew: rm -r {shlex.quote(str(data.folder.resolve()))}"
+            "drawn at first; to draw the assignment's with this seed: "
+            f"rm -r {shlex.quote(str(data.folder.resolve()))}"
         )
     return data
 
@@ -217,8 +220,10 @@ def save(
         "network": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
         "loss": {name: tensor.cpu() for name, tensor in loss.state_dict().items()},
     }
-    with written_whole(Path(args.save_model) / file_name(args, repetition, form)) as partial:
+    path = Path(args.save_model) / file_name(args, repetition, form)
+    with written_whole(path) as partial:
         torch.save(saved, partial)
+    print(f"Saved: {path}")
 
 
 def file_name(args: argparse.Namespace, repetition: int, form: str) -> str:
@@ -232,6 +237,11 @@ def file_name(args: argparse.Namespace, repetition: int, form: str) -> str:
     if form != form_of_drawn(drawn):
         words.append(f"data-{zlib.crc32(form.encode()):08x}")
     return "_".join([*words, f"seed{args.seed}", f"repetition{repetition}.pt"])
+
+
+NAMED_ANYWAY = ("trainer", "network", "seed")  # in the name of a file
+NO_OTHER_NETWORK = ("repetitions", "dataset_path", "no_cuda", "save_model", "evaluation_steps")
+NO_SETTINGS = (*NAMED_ANYWAY, *NO_OTHER_NETWORK)
 
 
 def settings_of_its_own(args: argparse.Namespace) -> dict:
@@ -248,11 +258,6 @@ def default_arguments() -> dict:
     return vars(training_parser().parse_args([]))
 
 
-# What the name of a file has anyway, and what makes no other network.
-NO_SETTINGS = ("trainer", "network", "seed", "repetitions", "no_cuda", "save_model")
-NO_SETTINGS += ("evaluation_steps", "dataset_path")
-
-
 def load_model(path: str | Path) -> tuple[Network, Loss]:
     """The network and the loss in a file of `--save_model`, on the CPU, in evaluation mode.
 
@@ -266,14 +271,19 @@ def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
     """The same and what else is in the file: arguments, repetition and what the data were."""
     try:
         check_sums(path)
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that torch did not write
+            saved = torch.load(path, weights_only=True, map_location="cpu")
         arguments = default_arguments() | saved["arguments"]
-        numbers = (saved["repetition"], arguments["seed"])
-        names = ("trainer", "network", "dataset_path")
-        texts = (saved["data"], *[arguments[name] for name in names])
-        is_ours = all(isinstance(number, int) for number in numbers)
-        is_ours = is_ours and all(isinstance(text, str) for text in texts)
-        is_ours = is_ours and 0 <= arguments["validation"] <= 0.9
+        is_ours = (
+            isinstance(saved["repetition"], int)
+            and isinstance(saved["data"], str)
+            and isinstance(arguments["seed"], int)
+            and isinstance(arguments["trainer"], str)
+            and isinstance(arguments["network"], str)
+            and isinstance(arguments["dataset_path"], str)
+            and 0 <= arguments["validation"] <= 0.9
+        )
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except Exception:  # whatever a stranger's bytes may provoke
@@ -345,7 +355,7 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help=seed)
     add("--repetitions", type=count, default=3, help="trainings, each with its own draws")
     path = "folder that contains ColoredMNIST"
-    add("--dataset_path", type=os.path.normpath, default="data", help=path)
+    add("--dataset_path", type=lambda text: str(Path(text)), default="data", help=path)
     validation = "proportion of the training samples held out for the log, 0 to 0.9"
     add("--validation", type=number(float, 0, 0.9), default=0.2, help=validation)
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
@@ -367,37 +377,38 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help=drop_rate)
 
     add("--eta", type=amount, default=0.05, help="groupDRO: step size η of the weights q")
-    reg_lambda = "IRM: weight λ of the penalty; from about 1000 up, all logits become the same"
+    reg_lambda = "IRM: weight λ of the penalty; from a few hundred up, logits stay near 0"
     add("--reg_lambda", type=amount, default=50.0, help=reg_lambda)
     adjustment = "Backdoor: fit with the log odds of each stratum, or balance labels in each"
     add("--adjustment", default="offset", choices=("offset", "weights"), help=adjustment)
     return parser
 
 
-def parse_arguments(description: str = "", arguments: list[str] | None = None):
+def parse_arguments(
+    description: str = "", arguments: list[str] | None = None
+) -> argparse.Namespace:
     """The arguments of a command line that trains; says which of them have no effect."""
     args = training_parser(description).parse_args(arguments)
     warn_of_unused(args)
     return args
 
 
+def parameters_of(*functions: Callable) -> set[str]:
+    """The names of all their parameters."""
+    return {name for made in functions for name in inspect.signature(made).parameters}
+
+
 def unused_flags(args: argparse.Namespace) -> set[str]:
     """The flags of other trainers and networks than the chosen ones."""
-    chosen = (TRAINERS[args.trainer], NETWORKS[args.network])
-    used, of_any = set(), set()
-    for made in (*TRAINERS.values(), *NETWORKS.values()):
-        of_any.update(arguments_of(made, args))
-        if made in chosen:
-            used.update(arguments_of(made, args))
-    return of_any - used
+    of_any = parameters_of(*TRAINERS.values(), *NETWORKS.values())
+    used = parameters_of(train, TRAINERS[args.trainer], NETWORKS[args.network]) | {*NO_SETTINGS}
+    return {name for name in of_any - used if hasattr(args, name)}
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
     """Say which flags have no effect; UserError if one is given that can never have any."""
     defaults = default_arguments()
-    parameters = {*NO_SETTINGS, *inspect.signature(train).parameters}
-    for made in (*TRAINERS.values(), *NETWORKS.values()):
-        parameters.update(inspect.signature(made).parameters)
+    parameters = parameters_of(train, *TRAINERS.values(), *NETWORKS.values()) | {*NO_SETTINGS}
     for name in defaults:
         if name not in parameters and getattr(args, name) != defaults[name]:
             raise UserError(f"--{name} has no effect: no trainer and no network has that parameter")

@@ -35,6 +35,8 @@ def curves(trainer: str, every: int, options: tuple[str, ...]) -> list[list[floa
     data, points = fresh_data(args.seed), []
     _, network, loss, training, held_out = next(repetitions(args, data))
     tested = [held_out[held_out.envs == 0], held_out[held_out.envs == 1], data.test]
+    if not all(map(len, tested)):
+        raise UserError("no samples of an environment are held out: raise --validation")
 
     def note(iteration: int) -> None:
         accuracies = [100 * evaluate(network, samples)["Accuracy"] for samples in tested]
@@ -71,7 +73,9 @@ def main() -> None:
     every = "iterations between two points (default: 10)"
     parser.add_argument("--every", type=number(int, 1), default=10, help=every)
     args, options = parser.parse_known_args()
-    if not training_flags(options, "trainer", "dataset_path", "repetitions").validation:
+    if not training_flags(
+        options, "trainer", "dataset_path", "repetitions", "save_model"
+    ).validation:
         raise UserError("--validation 0: the curves need samples that are held out")
     check_writable(args.figure)
     jobs = [(trainer, args.every, tuple(options)) for trainer in TRAINERS]

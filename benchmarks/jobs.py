@@ -325,12 +325,24 @@ class Table:
 
 
 def commit() -> str:
-    """The short name of the commit that is checked out, "" where there is no git."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    """The short name of the commit that is checked out, "" where there is no git.
+
+    With a + where Python code differs from the commit's.
+    """
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        head = git("rev-parse", "--short", "HEAD")
+        if head.returncode:
+            return ""
+        code = ("*.py", ":!tests")
+        same = git("diff", "--quiet", "HEAD", "--", *code).returncode == 0
+        new = git("ls-files", "--others", "--exclude-standard", "--", *code).stdout
+    except OSError:
         return ""
+    return head.stdout.strip() + ("" if same and not new else "+")
 
 
 def save_figure(figure, path: Path) -> None:

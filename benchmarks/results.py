@@ -10,6 +10,7 @@ only the first seed trains it, to the letter. More flags are passed on to exp-mn
 those that the training takes of one core.
 """
 
+from collections import Counter
 from statistics import fmean, pstdev
 
 from jobs import Table, commit, experiment, run_jobs, script_parser, training_flags
@@ -17,7 +18,7 @@ from jobs import Table, commit, experiment, run_jobs, script_parser, training_fl
 from dataset import unseen_samples
 from metric import group_accuracies, metrics
 from preprocessing import number, run_command
-from trainer import evaluate, predict
+from trainer import evaluate, parse_arguments, predict
 
 CNN = "Backdoor --network CNN"
 ROWS = (
@@ -61,20 +62,22 @@ def compute(
 ) -> None:
     """Add to the table what it lacks of the wanted (row, protocol, seed)."""
     flags = " ".join(options)
-    known = {(row["row"], row["protocol"], row["flags"], row["seed"]) for row in table.rows}
-    jobs = {}
+    known = Counter((row["row"], row["protocol"], row["flags"], row["seed"]) for row in table.rows)
+    jobs, missing = {}, 0
     for row, protocol, seed in wanted:
-        if (row, protocol, flags, seed) not in known:
+        key = (row, protocol, flags, seed)
+        if known[key] < repetitions:
+            missing += repetitions - known[key]
             more = ("--seed", str(seed), "--repetitions", str(repetitions), *options)
-            job = ("--trainer", *row.split(), *PROTOCOLS[protocol], *more)
-            jobs[job] = (row, protocol, flags, seed)
-    table.expect(len(table.rows) + repetitions * len(jobs))
+            jobs["--trainer", *row.split(), *PROTOCOLS[protocol], *more] = key
+    table.expect(len(table.rows) + missing)
     of_commit = commit()
     for job, results in run_jobs(measure, list(jobs), scheduler):
         rows = []
         for repetition, figures in enumerate(results, 1):
-            values = (*jobs[job], repetition, *figures, of_commit)
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
+            if repetition > known[jobs[job]]:
+                values = (*jobs[job], repetition, *figures, of_commit)
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
         table.add(rows)
 
 
@@ -107,9 +110,14 @@ def main() -> None:
     protocols = "default: both"
     add("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help=protocols)
     args, options = parser.parse_known_args()
-    ours = ("trainer", "network", "grayscale", "adjustment", "steady", "dataset_path")
-    training_flags(options, *ours, "seed", "repetitions")
+    ours = {"trainer", "steady", "dataset_path", "seed", "repetitions", "save_model"}
+    for row in args.rows:
+        ours |= {word.removeprefix("--") for word in row.split() if word.startswith("--")}
+    training_flags(options, *ours)
+    for row in args.rows:
+        parse_arguments("", ["--trainer", *row.split(), *options])  # says what has no effect
     seeds = list(dict.fromkeys(args.seeds or [1234]))
+    repetitions = 1 if args.seeds else 3
     wanted = []
     for number_of_seed, seed in enumerate(seeds):
         for row in ROWS:
@@ -118,9 +126,12 @@ def main() -> None:
                 if row in args.rows and protocol in args.protocols and not left_out:
                     wanted.append((row, protocol, seed))
     table = Table(args.table, COLUMNS, args.resume)
-    compute(table, wanted, options, 1 if args.seeds else 3, args.scheduler)
+    compute(table, wanted, options, repetitions, args.scheduler)
     print(f"Table: {args.table}\n")
-    report([row for row in table.rows if row["flags"] == " ".join(options)])
+    if options:
+        print(f"With {' '.join(options)}:\n")
+    rows = [row for row in table.rows if row["flags"] == " ".join(options)]
+    report([row for row in rows if row["seed"] in seeds and row["repetition"] <= repetitions])
 
 
 if __name__ == "__main__":

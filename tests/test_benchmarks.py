@@ -330,6 +330,43 @@ def test_results(project, printed):
     assert [row[0] for row in shown[1:]] == ["IRM", "IRM", "Backdoor, `--network CNN`"]
 
 
+def test_results_go_on_where_repetitions_are_missing(monkeypatch, tmp_path, capsys):
+    """One training of --seeds is not taken for three, nor averaged with other seeds' trainings."""
+    results = importlib.import_module("results")
+    asked = []
+
+    def run_jobs(function, jobs, scheduler):
+        for job in jobs:
+            asked.append(job)
+            count = int(job[job.index("--repetitions") + 1])
+            yield job, [[number / 10] * len(results.FIGURES) for number in range(count)]
+
+    monkeypatch.setattr(results, "run_jobs", run_jobs)
+
+    def run(*arguments):
+        few = ("--rows", "ERM", "--protocols", "letter", "--resume")
+        monkeypatch.setattr(sys, "argv", ["results.py", *few, "--table", str(table), *arguments])
+        results.main()
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "| ERM" in line]
+        return cells(line)[2:4]
+
+    table = tmp_path / "results.csv"
+    assert run("--seeds", "1", "2") == ["2", "0.0 ± 0.0"]
+    assert run("--seeds", "1234") == ["1", "0.0 ± 0.0"]
+    assert run() == ["3", "10.0 ± 8.2"]
+    assert [row["repetition"] for row in read(table)] == ["1", "1", "1", "2", "3"]
+    assert run() == ["3", "10.0 ± 8.2"] and len(asked) == 4  # nothing was left to do
+    assert run("--seeds", "1", "1234") == ["2", "0.0 ± 0.0"]
+
+
+def test_results_of_a_flag_without_effect_are_refused(in_process, monkeypatch):
+    """A row named "ERM --gamma 3" would be ERM's own."""
+    results = importlib.import_module("results")
+    monkeypatch.setattr(results, "ROWS", (*results.ROWS, "Backdoor --eta 3"))
+    result = in_process("results.py", "--rows", "Backdoor --eta 3", "--eta", "1")
+    assert_one_line(result, "--eta", "each job sets itself")
+
+
 def test_curves(project, printed):
     """They end where the command does, to which watching changes nothing."""
     table = [cells(line) for line in printed("curves") if line.startswith("| ")]
@@ -349,6 +386,8 @@ def test_curves_have_a_point_every_so_many_iterations(monkeypatch):
     assert [point[0] for point in points] == [0, 4, 8, 10]
     assert points[0][1] < 70 < points[-1][1]  # untrained it guesses, then it has learnt colour
     assert points[-1][3] < 30 < points[0][3]
+    with pytest.raises(UserError, match="raise --validation"):  # of one environment none is left
+        curves.curves("ERM", 4, ("--iteration", "10", "--seed", "5", "--validation", "0.0001"))
     figure = curves.draw({"ERM": points, "IRM": points[:2]})
     assert [axis.get_title() for axis in figure.axes] == ["ERM", "IRM"]
     train1, train2, test, chance = figure.axes[0].lines
@@ -662,6 +701,15 @@ def test_the_commit_is_named(tmp_path, monkeypatch):
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
     head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
     assert len(jobs.commit()) >= 7 and head.startswith(jobs.commit())
+    (tmp_path / "table.csv").touch()
+    assert not jobs.commit().endswith("+")
+    (tmp_path / "my_losses.py").touch()  # code that is in no commit
+    assert jobs.commit().endswith("+") and head.startswith(jobs.commit()[:-1])
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
+    assert not jobs.commit().endswith("+")
+    (tmp_path / "my_losses.py").write_text("changed = True\n")
+    assert jobs.commit().endswith("+")
 
 
 # What can't be run is refused before anything is. Where it isn't, these are soon at an end.
@@ -690,6 +738,9 @@ SHORT = {
         ("curves.py", "--trainer=IRM"),
         ("curves.py", "--dataset_path=d"),
         ("curves.py", "--validation=0"),
+        ("curves.py", "--save_model=d"),
+        ("student_numbers.py", "--save_model=d"),
+        ("results.py", "--save_model=d"),
         ("robustness.py", "--dataset_path=typo"),
         ("robustness.py", "--trainer=IRM"),
         ("performance.py", "--dataset_path=d"),

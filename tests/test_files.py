@@ -126,7 +126,7 @@ def test_whole_files_of_other_things_are_not_called_damaged(folder):
         torch.save(content, folder / "train2.pt")
         with pytest.raises(UserError) as error:
             load(folder)
-        assert "other things than tensors, numbers and images" in str(error.value)
+        assert "more than tensors, numbers and images" in str(error.value)
         assert "damaged" not in str(error.value)
     whole = (folder / "train1.pt").read_bytes()
     for content in (b"x" + whole, whole[:-1], b"mine", b"hello", b""):

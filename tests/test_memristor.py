@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ memtorch = require_memtorch()
 from memtorch.bh.crossbar.Tile import tiled_inference  # noqa: E402
 from memtorch.bh.nonideality.DeviceFaults import apply_device_faults  # noqa: E402
 
+import memristor  # noqa: E402
 import metric  # noqa: E402
 import preprocessing  # noqa: E402
 from dataset import load_dataset  # noqa: E402
@@ -514,7 +516,7 @@ def test_erm_on_the_crossbar_is_still_erm(data):
 
 FLAGS = ("--no_cuda", "--iteration", 40, "--repetitions", 2, "--batch_size", 256)
 FLAGS += ("--hidden_dim", 16)
-TILES = ("--tile_shape", 64, 16)  # the fewer devices, the sooner they are made
+TILES = ("--no_cuda", "--tile_shape", 64, 16)  # the fewer devices, the sooner they are made
 
 
 @pytest.fixture(scope="module")
@@ -561,7 +563,7 @@ def test_the_log(logs, tmp_path):
     """Its lines in their order; metric.py's check counts the crossbar's results."""
     lines = logs["IRM", False]
     heads = [line.split(":")[0] for line in lines]
-    repetition = ["Test result", "Crossbar test result"]
+    repetition = ["Saved", "Test result", "Crossbar test result"]
     expected = ["Arguments", "Device", "Data", "Repetition 1 of 2", *repetition]
     assert heads == [*expected, "Repetition 2 of 2", *repetition, "Digital", "Summary"]
     results = [figures(line) for line in lines if line.startswith("Crossbar test result: ")]
@@ -570,7 +572,7 @@ def test_the_log(logs, tmp_path):
     assert figures(lines[-2]) == metric.summarize(digital)
     assert results != digital
     (tmp_path / "memristor_log.txt").write_text("\n".join(lines))
-    checked = metric.read_log(str(tmp_path / "memristor_log.txt"))
+    checked = metric.read_log(str(tmp_path), str(tmp_path / "memristor_log.txt"))
     assert checked.trainer == "IRM on the crossbar"
 
 
@@ -755,6 +757,31 @@ def test_a_crossbar_that_always_decides_alike_is_pointed_out(logs, in_process):
         "memristor.py", "--load_model", saved(logs, "IRM", False)[0], *TILES, *flags
     )
     assert_warned(result, "Crossbar test result", "constant predictor")
+
+
+def test_what_a_network_was_before_hardening_is_shown(logs):
+    before = [line for line in logs["IRM", True] if line.startswith("Before hardening: ")]
+    plain = [line for line in logs["IRM", False] if line.startswith("Test result: ")]
+    assert [figures(line) for line in before] == [figures(line) for line in plain]
+
+
+def test_saving_without_hardening_is_pointed_out(logs, in_process, folder, tmp_path):
+    file = saved(logs, "IRM", False)[0]
+    arguments = ("--dataset_path", folder, *TILES, "--load_model", file, "--save_model", tmp_path)
+    assert_warned(in_process("memristor.py", *arguments), "--save_model", "without --harden")
+
+
+def test_where_and_how_often_it_reports_is_not_the_files(logs):
+    """A network that was trained with --no_cuda may be hardened on a GPU."""
+    (file,) = memristor.read_networks([str(saved(logs, "IRM", False)[0])])
+    assert file.arguments.no_cuda
+    argv, sys.argv = sys.argv, ["memristor.py", "--load_model", file.path]
+    try:
+        args = memristor.arguments_beside([file])
+    finally:
+        sys.argv = argv
+    assert (args.no_cuda, args.evaluation_steps, args.save_model) == (False, 100, None)
+    assert (args.seed, args.iteration, args.trainer) == (7, 40, "IRM")
 
 
 def test_harden_changes_the_network(logs):

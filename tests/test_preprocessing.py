@@ -299,6 +299,31 @@ def test_without_digits_one_line_says_what_to_do(
     assert sorted(left) == sorted(there)
 
 
+def test_a_download_that_breaks_off_is_not_called_a_full_disk(without_npz, monkeypatch, tmp_path):
+    class Reset(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.connection.close()
+
+        def log_message(self, *_): ...
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Reset) as server:
+        threading.Thread(target=server.serve_forever).start()
+        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        with pytest.raises(UserError, match="downloaded") as error:
+            load_mnist()
+        server.shutdown()
+    assert "cannot write" not in str(error.value)
+
+
+def test_a_file_in_the_folders_place_stays(tmp_path):
+    (tmp_path / "ColoredMNIST").write_text("mine")
+    with pytest.raises(UserError, match="ColoredMNIST"):
+        draw_environments(tmp_path, sizes=(30, 20, 10), seed=1)
+    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["ColoredMNIST"]
+    assert (tmp_path / "ColoredMNIST").read_text() == "mine"
+
+
 def test_damaged_files_of_mnist_are_named(without_npz, raw_files, tmp_path):
     put(without_npz, raw_files)
     path = without_npz / "MNIST" / "raw" / "train-images-idx3-ubyte"

@@ -1,6 +1,7 @@
 """run.sh: with stand-ins for the Python of its environment and for python3, and once for real."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ case "$*" in
             mkdir -p "$models"
             for repetition in 1 2; do
                 echo new >"$models/IRM_MLP_steady_seed${seed}_repetition$repetition.pt"
+                echo "Saved: $models/IRM_MLP_steady_seed${seed}_repetition$repetition.pt"
             done
         fi
         echo "Summary: {'seed': $seed}" ;;
@@ -79,8 +81,9 @@ class Clone:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("run.sh", "requirements.txt"):
-            shutil.copy(ROOT / name, folder)
+        shutil.copy(ROOT / "requirements.txt", folder)
+        script = (ROOT / "run.sh").read_text()  # in which a student writes a number
+        executable(folder / "run.sh", re.sub(r"^seed=\d+", "seed=1234", script, flags=re.M))
         for name in ("exp-mnist.py", "memristor.py", "metric.py"):
             (folder / name).touch()
         make_python(folder / ".venv" / "bin" / "python")
@@ -147,6 +150,14 @@ def test_the_seed_at_the_top_is_the_one_to_edit(clone):
     assert clone.text("IRM_log.txt").endswith("Summary: {'seed': 0042}\n")
     clone.run(SEED="2024")
     assert clone.text("IRM_log.txt").endswith("Summary: {'seed': 2024}\n")
+
+
+@pytest.mark.parametrize("seed", ["学号后四位", "０７３１", "abc", "-1", "1 2"])
+def test_a_seed_that_is_no_number_is_refused(clone, seed):
+    result = clone.run(SEED=seed)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith(f"run.sh: seed={seed}: the last four digits")
+    assert not (clone.folder / "calls").exists()
 
 
 def test_the_crossbars_networks_are_those_that_this_run_saved(clone):
@@ -233,6 +244,7 @@ def test_ctrl_c_ends_it_at_once(clone):
     os.killpg(process.pid, signal.SIGINT)
     result = finished(process)
     assert result.returncode == 130 and result.stdout == ""
+    assert result.stderr.splitlines()[-1] == "run.sh: interrupted"
     assert len(clone.calls("exp-mnist.py")) == 1 and not [*clone.folder.glob(".*.partial")]
 
 
@@ -472,7 +484,7 @@ def test_what_the_users_own_python_lacks_is_said_in_one_line(clone, own_python):
 def test_without_memtorch_the_users_own_python_does_the_rest(clone, own_python):
     result = clone.run(PYTHON=own_python)
     assert result.returncode == 0 and result.stdout == table(*LOGS[:4])
-    line = result.stderr.splitlines()[0]
+    line = result.stderr.splitlines()[1]
     assert (
         "no crossbar" in line and "No module named 'memtorch'" in line and "memtorch-cpu==" in line
     )
