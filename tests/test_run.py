@@ -39,7 +39,7 @@ case "$*" in
         done ;;
     *--help*) echo "usage: exp-mnist.py" ;;
     *--fail*groupDRO*) echo "Arguments: none"; exit 2 ;;
-    *--wait*) trap 'exit 130' INT; touch waiting; /bin/sleep 20; exit 1 ;;
+    *--late*groupDRO* | *--wait*) trap 'exit 130' INT; touch waiting; /bin/sleep 20; exit 1 ;;
     *--load_model*) if [ -e unfit ]; then exit 1; fi; echo "Summary: {}" ;;
     *exp-mnist.py*)
         previous=
@@ -235,8 +235,9 @@ def test_what_run_sets_itself_is_refused(clone, arguments, words):
     assert not (clone.folder / "ERM_log.txt").exists()
 
 
-def test_ctrl_c_ends_it_at_once(clone):
-    process = clone.start("--wait")
+@pytest.mark.parametrize(("flag", "words"), [("--wait", ""), ("--late", "; complete: ERM_log.txt")])
+def test_ctrl_c_ends_it_at_once(clone, flag, words):
+    process = clone.start(flag)
     for _ in range(300):
         if (clone.folder / "waiting").exists():
             break
@@ -244,8 +245,9 @@ def test_ctrl_c_ends_it_at_once(clone):
     os.killpg(process.pid, signal.SIGINT)
     result = finished(process)
     assert result.returncode == 130 and result.stdout == ""
-    assert result.stderr.splitlines()[-1] == "run.sh: interrupted"
-    assert len(clone.calls("exp-mnist.py")) == 1 and not [*clone.folder.glob(".*.partial")]
+    assert result.stderr.splitlines()[-1] == f"run.sh: interrupted{words}"
+    assert len(clone.calls("exp-mnist.py")) == 1 + (flag == "--late")
+    assert not [*clone.folder.glob(".*.partial")]
 
 
 # Where logs go
