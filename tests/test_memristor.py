@@ -817,9 +817,10 @@ def test_nonsense_is_refused(arguments, words, in_process):
 
 
 def test_contradictions_are_refused_before_anything_is_done(in_process):
-    result = in_process("memristor.py", "--r_on", 1e9)
-    assert_one_line(result, "--r_on", "--r_off")
-    assert result.stdout == ""
+    for given in (("--r_on", 1e9), ("--r_on", 1.4e4, "--r_off", 14000.000001)):
+        result = in_process("memristor.py", *given)
+        assert_one_line(result, "--r_on", "--r_off")
+        assert result.stdout == ""
 
 
 def test_a_flag_that_changes_nothing_is_named(in_process, folder):
