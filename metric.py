@@ -63,7 +63,7 @@ def summarize(results: list[dict[str, float]]) -> dict[str, float]:
     return summary
 
 
-# Checking logs. Whatever is wrong with one is a UserError, whose message is the reason.
+# Checking logs. What makes one useless is a UserError; what its reader should know is a note.
 
 METRICS = ["Accuracy", "AUC", "F1_macro"]
 SUMMARY = [f"{name}_test{figure}" for name in METRICS for figure in ("mean", "std")]
@@ -120,7 +120,7 @@ class Log(NamedTuple):
 
 
 def read_log(hand_in: str, file: str) -> Log:
-    """Check a log of this project, or read the Summary of another one; UserError if wrong."""
+    """Check a log of this project, or read the Summary of another one; UserError if it is wrong."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     if not lines:
         raise UserError("it is empty")
@@ -132,52 +132,79 @@ def read_log(hand_in: str, file: str) -> Log:
     notes = []
     if lines[-1] != last:
         notes.append(f"after its Summary there is more: {lines[-1][:40]}")
+    if len(with_summary) > 1:
+        notes.append(f"it is the last of {len(with_summary)} Summaries")
     runs = [line for line in lines if line.startswith("Arguments: ")]
     used = read_arguments(runs[0]) if runs else None
     if used is None:
-        if any(line.startswith(("Group accuracy: ", "Flip rate: ")) for line in lines):
-            notes.append("without the Arguments line of this project")
-        trainer, seed = named_trainer(file) or "?", "-"
+        trainer = named_trainer(file) or "?"
         if trainer == "?":
             notes.append("its name says no trainer")
-        return Log(hand_in, file, trainer, seed, summary, False, notes)
+        if any(line.startswith(("Group accuracy: ", "Flip rate: ")) for line in lines):
+            notes.append("its Arguments line is missing, or was changed")
+        return Log(hand_in, file, trainer, "-", summary, False, notes)
 
     if len(runs) > 1:
-        raise UserError(f"it holds {len(runs)} runs, as it has as many Arguments lines")
-    digital = [line for line in lines if line.startswith("Test result: ")]
-    on_crossbar = [line for line in lines if line.startswith("Crossbar test result: ")]
-    results = [read_figures(line, METRICS) for line in on_crossbar or digital]
-    if not results or len(results) != used["repetitions"]:
-        raise UserError(f"it has results of {len(results)} of {used['repetitions']} repetitions")
-    for name, value in summarize(results).items():
-        if not np.isclose(summary[name], value, rtol=0, atol=1e-9, equal_nan=True):
-            raise UserError(f"its Summary says {name} {summary[name]}, its results give {value}")
+        raise UserError(
+            f"it holds {len(runs)} runs ({len(runs)} Arguments lines): keep one of them"
+        )
+    on_crossbar = check_results(summary, lines, used["repetitions"])
     trainer = used["trainer"] + (" on the crossbar" if on_crossbar else "")
     notes += notes_on(used, lines)
     if named_trainer(file) not in (None, trainer):
         notes.append(f"its name says {named_trainer(file)}")
-    number = re.findall(r"\d{6,}", Path(hand_in).name)  # a student's, in the folder's name
-    if number and int(number[-1][-4:]) != used.get("seed"):
-        notes.append(f"its seed is not {number[-1][-4:]}")
+    # The last four digits of student numbers in the folder's name.
+    wanted = [number[-4:] for number in re.findall(r"\d{6,}", Path(hand_in).name)]
+    if wanted and used.get("seed") not in map(int, wanted):
+        notes.append(f"its seed is not {' or '.join(wanted)}")
     return Log(hand_in, file, trainer, str(used.get("seed", "-")), summary, True, notes)
 
 
+def check_results(summary: dict[str, float], lines: list[str], repetitions: int) -> bool:
+    """Whether a log is of a crossbar; UserError if its Summary does not follow from its results."""
+    digital = [line for line in lines if line.startswith("Test result: ")]
+    on_crossbar = [line for line in lines if line.startswith("Crossbar test result: ")]
+    results = [read_figures(line, METRICS) for line in on_crossbar or digital]
+    if not results or len(results) != repetitions:
+        raise UserError(f"it has results of {len(results)} of {repetitions} repetitions")
+    for name, value in summarize(results).items():
+        if not np.isclose(summary[name], value, rtol=0, atol=1e-9, equal_nan=True):
+            raise UserError(f"its Summary says {name} {summary[name]}, its results give {value}")
+    return bool(on_crossbar)
+
+
+NAME = re.compile(
+    r"(?:.*[^a-z])?"  # no letter before it, as in confirm_log.txt
+    r"(ERM|(?:group[ _-]?)?DRO|IRM)"
+    r"(?:log|[^a-z]).*(?:txt|log)",  # none after it but log, as in ermine.txt
+    re.IGNORECASE,
+)
+
+
 def named_trainer(file: str) -> str | None:
-    """The trainer that a log's name says: IRM for IRM_log.txt, irm.log, IRM_log (1).txt."""
-    name = re.fullmatch(r"(ERM|groupDRO|DRO|IRM)[ _.-].*(txt|log)", Path(file).name, re.IGNORECASE)
-    trainers = {"erm": "ERM", "groupdro": "groupDRO", "dro": "groupDRO", "irm": "IRM"}
-    return trainers[name[1].lower()] if name else None
+    """The trainer that a log's name says: IRM for IRM_log.txt, irm.log, 学号_IRM_log (1).txt."""
+    match = NAME.fullmatch(Path(file).name)
+    if not match:
+        return None
+    trainer = match[1].upper()
+    return "groupDRO" if trainer.endswith("DRO") else trainer
 
 
 def logs_below(hand_in: str) -> list[str]:
-    """The logs of the assignment in a folder, or else those in its subfolders."""
+    """The logs of the assignment in a folder; those of its subfolders, too, if one is missing."""
     found = []
     for folder, subfolders, files in os.walk(hand_in):
-        logs = [file for file in sorted(files) if named_trainer(file)]
-        found += [os.path.join(folder, file) for file in logs]
-        deeper = [] if logs else sorted(name for name in subfolders if not name.startswith("."))
-        subfolders[:] = deeper  # where os.walk goes on
+        logs = [name for name in sorted(files) if named_trainer(name) and name[0] not in ".~"]
+        found += [os.path.join(folder, name) for name in logs]
+        if set(map(named_trainer, logs)).issuperset(GRADED):
+            subfolders.clear()  # where os.walk goes on
+        subfolders[:] = [name for name in sorted(subfolders) if not ignored(name)]
     return found
+
+
+def ignored(folder: str) -> bool:
+    """Whether logs in a folder are none of a hand-in's: hidden ones, and those that run.sh kept."""
+    return folder.startswith(".") or folder in ("former_logs", "__MACOSX")
 
 
 def read_text(file: str) -> str:
@@ -207,7 +234,8 @@ def read_figures(line: str, names: list[str]) -> dict[str, float]:
     form = r"\{" + ", ".join(f"'{name}': {NUMBER}" for name in names) + r"\}"
     match = re.fullmatch(form, figures)
     if not match:
-        raise UserError(f"its {title} is not of the form {{{names[0]!r}: 0.5, ...}}")
+        form = f"{{{names[0]!r}: 0.5, ...}} with {', '.join(names[1:])}, in this order"
+        raise UserError(f"its {title} is not of the form {form}: {figures[:60]}")
     values = [float(number) for number in match.groups()]
     for name, value in zip(names, values, strict=True):
         if value < 0 or value > 1:
@@ -218,15 +246,17 @@ def read_figures(line: str, names: list[str]) -> dict[str, float]:
 def read_arguments(line: str) -> dict | None:
     """What an Arguments line of this project says, None of another; it is read, never run."""
     text = line.removeprefix("Arguments: ")
+    if len(text) > LONGEST:
+        return None
     try:
-        arguments = ast.literal_eval(text) if len(text) <= LONGEST else None
+        arguments = ast.literal_eval(text)
         # Only as Python itself writes a dict: no number that is too large for text, say.
-        is_ours = isinstance(arguments, dict) and str(arguments) == text
+        if not isinstance(arguments, dict) or str(arguments) != text:
+            return None
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
-    for name, kind in (("trainer", str), ("repetitions", int)):
-        is_ours = is_ours and isinstance(arguments.get(name), kind)
-    return arguments if is_ours else None
+    trainer, repetitions = arguments.get("trainer"), arguments.get("repetitions")
+    return arguments if isinstance(trainer, str) and isinstance(repetitions, int) else None
 
 
 def notes_on(arguments: dict, lines: list[str]) -> list[str]:
@@ -235,12 +265,15 @@ def notes_on(arguments: dict, lines: list[str]) -> list[str]:
     for line in lines:
         if line.startswith("Data: "):
             drawn = re.search(r", drawn (?:now )?with (p_f .*), seed (.*)$", line)
-            if drawn and drawn[2] != str(arguments.get("seed")):
+            if not drawn:
+                notes.append(f"data of others: {line.removeprefix('Data: ')}")
+                continue
+            if drawn[2] != str(arguments.get("seed")):
                 notes.append(f"seed {arguments.get('seed')} trained on the data of seed {drawn[2]}")
-            if drawn and drawn[1] != DRAWN_WITH:
+            if drawn[1] != DRAWN_WITH:
                 notes.append(f"data drawn with {drawn[1]}")
     for name, default in DEFAULTS.items():
-        if ONLY_OF.get(name) not in (None, arguments["trainer"]):
+        if name in ONLY_OF and ONLY_OF[name] != arguments["trainer"]:
             continue  # what has no effect on this trainer is no difference
         value = arguments.get(name, default)
         if isinstance(value, list):
@@ -288,10 +321,13 @@ def note_same_results(logs: list[Log]) -> None:
         means = tuple(f"{log.summary[f'{name}_testmean']:.5f}" for name in METRICS)
         same.setdefault(means, []).append(log)
     for copies in same.values():
-        for log in copies if len(copies) > 1 else []:
-            other = copies[1] if log is copies[0] else copies[0]
-            more = f" and {len(copies) - 2} more" if len(copies) > 2 else ""
-            log.notes.append(f"the same results as {other.file} (seed {other.seed}){more}")
+        for log in copies:
+            others = [other for other in copies if other is not log]
+            others.sort(key=lambda other: other.hand_in == log.hand_in)  # another's copy first
+            if others:
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                other = f"{others[0].file} (seed {others[0].seed})"
+                log.notes.append(f"the same results as {other}{more}")
 
 
 def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> str:
@@ -302,7 +338,7 @@ def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> s
     """
     rows = [["points together, at most 20", *GRADED, "notes on", "folder"]]
     for hand_in in dict.fromkeys(hand_ins):
-        ours = [log for log in logs if log.hand_in == hand_in and log.points is not None]
+        ours = [log for log in logs if log.hand_in == hand_in]
         found = {}
         for trainer in GRADED:
             points = [log.points for log in ours if log.trainer == trainer]
@@ -312,9 +348,11 @@ def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> s
                 found[trainer] = "faulty"
             else:
                 found[trainer] = "missing"
-        together = min(20, sum(points for points in found.values() if isinstance(points, int)))
+        together = str(min(20, sum(points for points in found.values() if isinstance(points, int))))
+        if "faulty" in found.values():
+            together += " ?"  # as somebody should look at it
         noted = ", ".join(dict.fromkeys(log.trainer for log in ours if log.notes)) or "-"
-        row = [str(together), *map(str, found.values()), noted, hand_in]
+        row = [together, *map(str, found.values()), noted, hand_in]
         rows.append([on_one_line(cell) for cell in row])
     return table(rows)
 
@@ -329,11 +367,11 @@ def main() -> None:
     )
     what = "such as IRM_log.txt, or a folder: one hand-in, whose logs are looked for in it"
     parser.add_argument("logs", nargs="+", metavar="LOG", help=what)
-    arguments = parser.parse_args().logs
+    arguments = list(dict.fromkeys(parser.parse_args().logs))
     hand_ins, logs, faulty = [], [], []
     for argument in arguments:
         is_folder = os.path.isdir(argument)
-        hand_in = str(Path(argument) if is_folder else Path(argument).parent)
+        hand_in = str(Path(argument).parent if os.path.isfile(argument) else Path(argument))
         hand_ins.append(hand_in)
         for file in logs_below(hand_in) if is_folder else [argument]:
             try:

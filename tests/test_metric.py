@@ -255,7 +255,7 @@ def test_folders_of_faulty_logs_are_among_the_points(check):
     _, rest, _, _ = check(logs | {"b/IRM_log.txt": "", "b/groupDRO_log.txt": "cut"})
     assert [line.split() for line in rest.splitlines()[1:]] == [
         ["20", "15", "15", "-", "a"],
-        ["0", "faulty", "faulty", "-", "b"],
+        ["0", "?", "faulty", "faulty", "-", "b"],
     ]
 
 
@@ -268,7 +268,15 @@ def test_every_hand_in_has_a_row(in_process, tmp_path, monkeypatch):
         "张 三": {"irm_log.txt": irm, "groupDRO.log": group_dro},
         "copies": {"IRM_log (1).txt": irm, "DRO_log.txt.txt": group_dro, "notes.txt": "IRM"},
         "deep": {"src/name/IRM_log.txt": irm, "logs/groupDRO_log.txt": group_dro},
-        "one": {"IRM.txt": irm, ".IRM_log.txt": "", ".venv/groupDRO_log.txt": group_dro},
+        "half": {"IRM_log.txt": irm, "ERM_log.txt": irm, "src/groupDRO_log.txt": group_dro},
+        "named": {"2021_IRM_log.txt": irm, "副本group DRO日志.txt": group_dro},
+        "one": {
+            "IRM.txt": irm,
+            ".IRM_log.txt": "",
+            ".venv/groupDRO_log.txt": group_dro,
+            "data/former_logs/groupDRO_log.txt": group_dro,
+            "__MACOSX/groupDRO_log.txt": "",
+        },
         "none": {"README.txt": "", "IRM.pt": "", "confirm_log.txt": "", ".venv/IRM_log.txt": irm},
         "faulty": {"a/IRM_log.txt": "", "b/IRM_log.txt": ""},
     }
@@ -283,11 +291,11 @@ def test_every_hand_in_has_a_row(in_process, tmp_path, monkeypatch):
     points = result.stdout.split("\n\n")[1].splitlines()[1:]
     rows = {row[-1]: row[:3] for row in (re.split(r" {2,}", line) for line in points)}
     assert list(rows) == list(hand_ins)
-    for hand_in in ("plain", "张 三", "copies", "deep"):
+    for hand_in in ("plain", "张 三", "copies", "deep", "half", "named"):
         assert rows[hand_in] == ["20", "15", "15"], hand_in
     assert rows["one"] == ["15", "missing", "15"]
     assert rows["none"] == ["0", "missing", "missing"]
-    assert rows["faulty"] == ["0", "missing", "faulty"]
+    assert rows["faulty"] == ["0 ?", "missing", "faulty"]
     assert len(result.stderr.splitlines()) == 2 and result.returncode == 1
     alone = in_process("metric.py", "one")
     assert alone.stdout.splitlines()[-1].split() == ["15", "missing", "15", "-", "one"]
@@ -303,6 +311,7 @@ def test_which_logs_have_notes_is_among_the_points(check):
 def test_a_seed_that_is_not_the_student_numbers_is_pointed_out(check):
     for folder, pointed_out in (
         ("2021211804_张三", False),
+        ("2021211804_张三_20241231", False),
         ("张三 2021211805", True),
         ("homework 2", False),
         ("2021211805/src", False),
@@ -317,7 +326,7 @@ def test_a_log_without_its_arguments_is_pointed_out(check):
     lines = [line for line in log_text().splitlines() if line.startswith(("Group", "Summary"))]
     rows, _, faults, status = check({"IRM_log.txt": "\n".join(lines)})
     assert rows[0][:5] == ["IRM", "70.000 % ± 4.082", "15", "-", "not checked"]
-    assert note(rows) == "  (without the Arguments line of this project)"
+    assert note(rows) == "  (its Arguments line is missing, or was changed)"
     assert (faults, status) == ([], 0)
 
 
@@ -370,8 +379,9 @@ def test_the_same_results_are_pointed_out_in_both(check):
     rows, *_ = check(logs)
     assert rows[0][-1].endswith("  (the same results as b/IRM_log.txt (seed -))")
     assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -))")
-    rows, *_ = check(logs | {"c/IRM_log.txt": framework_text(0.61)})
+    rows, *_ = check(logs | {"b/IRM_log (1).txt": framework_text(0.61)})
     assert rows[2][-1].endswith("  (the same results as a/IRM_log.txt (seed -) and 1 more)")
+    assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -) and 1 more)")
     other_auc = framework_text(0.61, "{}").replace("'AUC_testmean': 0.6", "'AUC_testmean': 0.5")
     rows, *_ = check({"a/IRM_log.txt": framework_text(0.61), "b/IRM_log.txt": other_auc})
     assert [row[-1] for row in rows] == ["a/IRM_log.txt", "b/IRM_log.txt"]
@@ -382,6 +392,9 @@ def test_the_same_results_are_pointed_out_in_both(check):
 def test_a_log_of_another_trainer_than_its_name_says_is_pointed_out(check):
     rows, *_ = check({"IRM_log.txt": log_text(trainer="groupDRO")})
     assert note(rows) == "  (its name says IRM)"
+    logs = {"a/IRM_log.txt": log_text(trainer="Backdoor"), "a/DRO.txt": framework_text(0.6)}
+    _, rest, _, _ = check({**logs, "b/IRM_log.txt": log_text(GROUP_DRO)})
+    assert rest.splitlines()[1].split() == ["15", "15", "missing", "Backdoor", "a"]
 
 
 def test_of_two_logs_of_one_trainer_the_better_counts(check):
@@ -433,6 +446,7 @@ def test_a_log_of_another_name_earns_no_points(check, name):
 def test_of_two_runs_of_the_framework_in_one_file_the_last_counts(check):
     rows, *_ = check({"IRM_log.txt": framework_text(0.5) + framework_text(0.57)})
     assert rows[0][1:3] == ["57.000 % ± 2.000", "10"]
+    assert note(rows) == "  (it is the last of 2 Summaries)"
 
 
 def test_this_projects_trainer_is_told_by_the_log(check):
@@ -595,8 +609,9 @@ def test_other_data_are_pointed_out(check):
         easier = own.replace("0.4, 0.9]", "0.4, 0.1]")
         rows, *_ = check({"IRM_log.txt": log_text(data=easier + "1804")})
         assert note(rows).startswith("  (data drawn with p_f 0.2, p_e [0.1, 0.4, 0.1], sizes ")
-    foreign = log_text(data="normalised tensors (the course framework's form)")
-    assert note(check({"IRM_log.txt": foreign})[0]) == ""
+    foreign = log_text(data="normalised tensors")
+    expected = "  (data of others: data/ColoredMNIST, normalised tensors)"
+    assert note(check({"IRM_log.txt": foreign})[0]) == expected
 
 
 def test_other_settings_are_pointed_out(check):
