@@ -302,6 +302,12 @@ def test_every_hand_in_has_a_row(in_process, tmp_path, monkeypatch):
     assert alone.returncode == 0
 
 
+def test_a_log_that_is_named_twice_is_no_copy(in_process, tmp_path):
+    (tmp_path / "IRM_log.txt").write_text(log_text(), "utf-8")
+    result = in_process("metric.py", tmp_path / "IRM_log.txt", tmp_path / "IRM_log.txt")
+    assert len(result.stdout.splitlines()) == 2 and "same results" not in result.stdout
+
+
 def test_which_logs_have_notes_is_among_the_points(check):
     logs = {"a/IRM_log.txt": log_text(steady=True), "a/groupDRO_log.txt": framework_text(0.6)}
     _, rest, _, _ = check(logs)
@@ -379,6 +385,13 @@ def test_the_same_results_are_pointed_out_in_both(check):
     rows, *_ = check(logs)
     assert rows[0][-1].endswith("  (the same results as b/IRM_log.txt (seed -))")
     assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -))")
+    two = {
+        "a/IRM_log.txt": log_text(),
+        "a/IRM_log (1).txt": log_text(),
+        "b/IRM_log.txt": log_text(),
+    }
+    rows, *_ = check(two)
+    assert "(the same results as b/IRM_log.txt (seed 1804) and 1 more)" in rows[0][-1]
     rows, *_ = check(logs | {"b/IRM_log (1).txt": framework_text(0.61)})
     assert rows[2][-1].endswith("  (the same results as a/IRM_log.txt (seed -) and 1 more)")
     assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -) and 1 more)")
