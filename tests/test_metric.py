@@ -385,11 +385,7 @@ def test_the_same_results_are_pointed_out_in_both(check):
     rows, *_ = check(logs)
     assert rows[0][-1].endswith("  (the same results as b/IRM_log.txt (seed -))")
     assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -))")
-    two = {
-        "a/IRM_log.txt": log_text(),
-        "a/IRM_log (1).txt": log_text(),
-        "b/IRM_log.txt": log_text(),
-    }
+    names = ("a/IRM_log.txt", "a/IRM_log (1).txt", "b/IRM_log.txt")
     rows, *_ = check(dict.fromkeys(names, log_text()))
     assert "(the same results as b/IRM_log.txt (seed 1804) and 1 more)" in rows[0][-1]
     rows, *_ = check(logs | {"b/IRM_log (1).txt": framework_text(0.61)})
