@@ -138,6 +138,7 @@ def load(args: argparse.Namespace) -> Dataset:
     use_gpu = torch.cuda.is_available() and not args.no_cuda
     if use_gpu:
         torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions, too
+        torch.backends.cudnn.deterministic = True  # the same bits each time, there as well
     print(f"Arguments: {vars(args)}")
     device = torch.cuda.get_device_name() if use_gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"Device: {device}, torch {torch.__version__}")

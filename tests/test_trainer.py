@@ -1133,6 +1133,15 @@ def test_a_network_of_a_gpu_is_loaded_on_a_cpu(in_process, small_files, small, t
     assert accuracy == pytest.approx(summary(result)["Accuracy_testmean"], abs=0.05)
 
 
+@gpu
+@pytest.mark.parametrize("network", ["MLP", "CNN"])
+def test_a_gpu_gives_the_same_summary_each_time(in_process, dataset_path, network):
+    arguments = ("--dataset_path", dataset_path, "--seed", 7, "--network", network)
+    arguments += ("--iteration", 100, "--repetitions", 2)
+    first, second = (summary(in_process("exp-mnist.py", *arguments)) for _ in range(2))
+    assert first == second
+
+
 def test_a_flag_that_no_class_has_is_refused(in_process, small_files, monkeypatch):
     """A misspelt flag for a loss of one's own would be in the log, and without any effect."""
     parser = trainer.training_parser
