@@ -338,7 +338,12 @@ def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> s
     """
     rows = [["points together, at most 20", *GRADED, "notes on", "folder"]]
     for hand_in in dict.fromkeys(hand_ins):
-        ours = [log for log in logs if log.hand_in == hand_in]
+        ours = [
+            log
+            for log in logs
+            if log.hand_in == hand_in
+            and (log.trainer in GRADED or named_trainer(log.file) in GRADED)
+        ]
         found = {}
         for trainer in GRADED:
             points = [log.points for log in ours if log.trainer == trainer]

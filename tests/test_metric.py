@@ -310,6 +310,7 @@ def test_a_log_that_is_named_twice_is_no_copy(in_process, tmp_path):
 
 def test_which_logs_have_notes_is_among_the_points(check):
     logs = {"a/IRM_log.txt": log_text(steady=True), "a/groupDRO_log.txt": framework_text(0.6)}
+    logs["a/Backdoor_log.txt"] = log_text((0.7, 0.71, 0.72), "Backdoor", steady=True)  # not graded
     _, rest, _, _ = check(logs)
     assert rest.splitlines()[1].split() == ["20", "15", "15", "IRM", "a"]
 
