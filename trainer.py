@@ -140,8 +140,8 @@ def load(args: argparse.Namespace) -> Dataset:
         torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions, too
         torch.backends.cudnn.deterministic = True  # the same bits each time, there as well
     print(f"Arguments: {vars(args)}")
-    device = torch.cuda.get_device_name() if use_gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"Device: {device}, torch {torch.__version__}")
+    device = torch.cuda.get_device_name() if use_gpu else f"CPU, threads: {torch.get_num_threads()}"
+    print(f"Device: {device}, torch: {torch.__version__}")
     data = load_dataset(args.dataset_path, args.seed, "cuda" if use_gpu else "cpu")
     print(f"Data: {data.description}", flush=True)
     if args.save_model:  # what can't be written there is said now, not after the training

@@ -461,7 +461,7 @@ def test_log_and_saved_models(in_process, dataset_path, data, tmp_path):
     for words in ("'trainer': 'IRM'", "'seed': 7", ", drawn with p_f 0.2"):
         assert words in log
     threads = torch.get_num_threads()
-    assert f"\nDevice: CPU, {threads} threads, torch {torch.__version__}\n" in log
+    assert f"\nDevice: CPU, threads: {threads}, torch: {torch.__version__}\n" in log
     parts = re.split(r"^Repetition \d of 2\n", log, flags=re.M)
     head, *each = [part.splitlines() for part in parts]
     assert [line.split(":")[0] for line in head] == ["Arguments", "Device", "Data"]
