@@ -468,12 +468,12 @@ def trained(args: argparse.Namespace, data: Dataset) -> Iterator[tuple[Network, 
         check_network(network)
         train(network, loss, training, validation, **training_settings(args))
         if args.harden:
-            network = hardened(args, repetition, network, training, data.test)
+            network = harden_repetition(args, repetition, network, training, data.test)
         save(args, repetition, network, loss, data.form)
         yield network, training
 
 
-def hardened(
+def harden_repetition(
     args: argparse.Namespace, repetition: int, network: Network, training: Samples, test: Samples
 ) -> Network:
     """What `harden` makes of a network, whose test result is printed before."""
@@ -563,7 +563,7 @@ def loaded(
         training, _ = data.hold_out(args.validation)
         network = file.network.to(training.images.device)
         if args.harden and not file.hardened:
-            network = hardened(args, file.repetition, network, training, data.test)
+            network = harden_repetition(args, file.repetition, network, training, data.test)
             save(args, file.repetition, network, file.loss, file.data)
         yield network, training
 

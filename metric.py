@@ -153,11 +153,16 @@ def read_log(hand_in: str, file: str) -> Log:
     notes += notes_on(used, lines)
     if named_trainer(file) not in (None, trainer):
         notes.append(f"its name says {named_trainer(file)}")
-    # The last four digits of student numbers in the folder's name.
-    wanted = [number[-4:] for number in re.findall(r"\d{6,}", Path(hand_in).name)]
-    if wanted and used.get("seed") not in map(int, wanted):
-        notes.append(f"its seed is not {' or '.join(wanted)}")
+    wanted = wanted_seeds(hand_in)
+    if wanted and used.get("seed") not in wanted:
+        notes.append(f"its seed is not {' or '.join(f'{seed:04}' for seed in wanted)}")
     return Log(hand_in, file, trainer, str(used.get("seed", "-")), summary, True, notes)
+
+
+def wanted_seeds(hand_in: str) -> list[int]:
+    """The last four digits of the student number in a folder's name, and of other long numbers."""
+    numbers = re.findall(r"\d{6,}", Path(hand_in).name)
+    return [int(number[-4:]) for number in numbers]
 
 
 def check_results(summary: dict[str, float], lines: list[str], repetitions: int) -> bool:
@@ -322,15 +327,18 @@ def note_same_results(logs: list[Log]) -> None:
         same.setdefault(means, []).append(log)
     for copies in same.values():
         for log in copies:
-            others = [other for other in copies if other is not log]
-            others.sort(key=lambda other: other.hand_in == log.hand_in)  # another's copy first
+            in_its_own = [other for other in copies if other.hand_in == log.hand_in]
+            elsewhere = [other for other in copies if other.hand_in != log.hand_in]
+            others = elsewhere or [other for other in in_its_own if other is not log]
             if others:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 other = f"{others[0].file} (seed {others[0].seed})"
                 log.notes.append(f"the same results as {other}{more}")
 
 
-def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> str:
+def points_table(
+    hand_ins: list[str], logs: list[Log], faulty: list[tuple[str, str, UserError]]
+) -> str:
     """A row for each hand-in: its points, and which logs have notes.
 
     Of several logs of one trainer the best counts. `faulty` are hand-in, file and reason of the
@@ -344,12 +352,13 @@ def points_table(hand_ins: list[str], logs: list[Log], faulty: list[tuple]) -> s
             if log.hand_in == hand_in
             and (log.trainer in GRADED or named_trainer(log.file) in GRADED)
         ]
+        unread = [named_trainer(file) for folder, file, _ in faulty if folder == hand_in]
         found = {}
         for trainer in GRADED:
             points = [log.points for log in ours if log.trainer == trainer]
             if points:
                 found[trainer] = max(points)
-            elif any(of == hand_in and named_trainer(file) == trainer for of, file, _ in faulty):
+            elif trainer in unread:
                 found[trainer] = "faulty"
             else:
                 found[trainer] = "missing"
@@ -375,10 +384,12 @@ def main() -> None:
     arguments = list(dict.fromkeys(parser.parse_args().logs))
     hand_ins, logs, faulty = [], [], []
     for argument in arguments:
-        is_folder = os.path.isdir(argument)
-        hand_in = str(Path(argument).parent if os.path.isfile(argument) else Path(argument))
+        if os.path.isdir(argument):
+            hand_in, files = str(Path(argument)), logs_below(argument)
+        else:
+            hand_in, files = str(Path(argument).parent), [argument]
         hand_ins.append(hand_in)
-        for file in logs_below(hand_in) if is_folder else [argument]:
+        for file in files:
             try:
                 logs.append(read_log(hand_in, file))
             except UserError as reason:

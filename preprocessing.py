@@ -67,6 +67,8 @@ def draw_environments(
         folder = folder.resolve()
     if (dataset_path / "test.pt").exists():
         raise UserError("--dataset_path is the folder around ColoredMNIST, not that folder itself")
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, and a folder is to be drawn there: move it away")
     if has_files(folder):
         return False
     generator = torch.Generator().manual_seed(seed)
@@ -92,11 +94,16 @@ def draw_environments(
             record = color_digits(images[part], digits[part], p_f, flip, generator)
             record |= drawn | {"environment": environment}
             torch.save(record, partial / f"{environment}.pt")
+        # Renamed here, as long as the lock is held.
         if folder.exists():  # with nothing in it but hidden files, such as .gitkeep
-            for path in folder.iterdir():
-                path.replace(partial / path.name)
-            folder.rmdir()
-        partial.replace(folder)  # here, as long as the lock is held
+            aside = partial.with_suffix(".hidden")
+            folder.rename(aside)
+            partial.replace(folder)
+            for path in aside.iterdir():
+                path.replace(folder / path.name)
+            aside.rmdir()
+        else:
+            partial.replace(folder)
     return True
 
 
@@ -146,8 +153,8 @@ def torchvision_mnist(train: bool) -> tuple[Tensor, Tensor]:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(
             f"there is no {DATA / 'mnist.npz'}, and MNIST could not be read from {raw} or "
-            f"downloaded ({reason}): put mnist.npz or MNIST's four files there, the one or the "
-            "others, or ready .pt files into the folder ColoredMNIST"
+            f"downloaded ({reason}): put mnist.npz into {DATA}, or MNIST's four files into {raw}, "
+            "or ready .pt files into the folder ColoredMNIST"
         ) from None
 
 

@@ -36,7 +36,8 @@ def train(
 ) -> Network:
     """Train a network in place by Adam, where the samples are; returns it in evaluation mode.
 
-    The defaults are the assignment's protocol. Raises UserError if the objective isn't finite.
+    The defaults are the assignment's protocol. Raises UserError if the objective isn't one finite
+    number, or if the loss has weights of its own.
 
     Args:
         network: its `phi` is trained, its `output_layer` is not
@@ -53,7 +54,7 @@ def train(
         evaluation_steps: iterations from log line to log line
     """
     if any(weights.requires_grad for weights in loss.parameters()):
-        raise UserError("the loss has weights of its own, and only the network's are trained")
+        raise UserError("the loss has weights of its own, which would not be trained: use buffers")
     network.to(training.images.device).train()
     loss.to(training.images.device).train()
     optimizer = torch.optim.Adam(
@@ -247,10 +248,10 @@ NO_SETTINGS = (*NAMED_ANYWAY, *NO_OTHER_NETWORK)
 
 def settings_of_its_own(args: argparse.Namespace) -> dict:
     """The arguments that tell a trained network from that of the default flags."""
-    settings = {}
+    settings, unused = {}, unused_flags(args)
     for name, default in {**default_arguments(), "harden": False}.items():
         value = getattr(args, name, default)
-        if value != default and name not in NO_SETTINGS and name not in unused_flags(args):
+        if value != default and name not in NO_SETTINGS and name not in unused:
             settings[name] = value
     return settings
 
@@ -402,14 +403,16 @@ def parameters_of(*functions: Callable) -> set[str]:
 def unused_flags(args: argparse.Namespace) -> set[str]:
     """The flags of other trainers and networks than the chosen ones."""
     of_any = parameters_of(*TRAINERS.values(), *NETWORKS.values())
-    used = parameters_of(train, TRAINERS[args.trainer], NETWORKS[args.network]) | {*NO_SETTINGS}
-    return {name for name in of_any - used if hasattr(args, name)}
+    used = parameters_of(train, TRAINERS[args.trainer], NETWORKS[args.network])
+    unused = of_any - used - set(NO_SETTINGS)
+    return {name for name in unused if hasattr(args, name)}  # other parameters have no flag
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
     """Say which flags have no effect; UserError if one is given that can never have any."""
     defaults = default_arguments()
-    parameters = parameters_of(train, *TRAINERS.values(), *NETWORKS.values()) | {*NO_SETTINGS}
+    parameters = parameters_of(train, *TRAINERS.values(), *NETWORKS.values())
+    parameters.update(NO_SETTINGS)
     for name in defaults:
         if name not in parameters and getattr(args, name) != defaults[name]:
             raise UserError(f"--{name} has no effect: no trainer and no network has that parameter")

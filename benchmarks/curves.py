@@ -73,9 +73,9 @@ def main() -> None:
     every = "iterations between two points (default: 10)"
     parser.add_argument("--every", type=number(int, 1), default=10, help=every)
     args, options = parser.parse_known_args()
-    if not training_flags(
-        options, "trainer", "dataset_path", "repetitions", "save_model"
-    ).validation:
+    ours = ("trainer", "dataset_path", "repetitions", "save_model")
+    training = training_flags(options, *ours)
+    if training.validation == 0:
         raise UserError("--validation 0: the curves need samples that are held out")
     check_writable(args.figure)
     jobs = [(trainer, args.every, tuple(options)) for trainer in TRAINERS]

@@ -337,12 +337,10 @@ def commit() -> str:
         head = git("rev-parse", "--short", "HEAD")
         if head.returncode:
             return ""
-        code = ("*.py", ":!tests")
-        same = git("diff", "--quiet", "HEAD", "--", *code).returncode == 0
-        new = git("ls-files", "--others", "--exclude-standard", "--", *code).stdout
+        changed = git("status", "--porcelain", "--", "*.py", ":!tests").stdout
     except OSError:
         return ""
-    return head.stdout.strip() + ("" if same and not new else "+")
+    return head.stdout.strip() + ("+" if changed else "")
 
 
 def save_figure(figure, path: Path) -> None:

@@ -184,9 +184,8 @@ def main() -> None:
         if not table.rows:
             raise UserError(f"{args.source} is not there, or has no rows")
     else:
-        training = training_flags(
-            options, "trainer", "seed", "dataset_path", "grayscale", "save_model"
-        )
+        ours = ("trainer", "seed", "dataset_path", "grayscale", "save_model")
+        training = training_flags(options, *ours)
         table = Table(args.table, COLUMNS, args.resume)
         numbers = list(dict.fromkeys(args.only or drawn_numbers(args.numbers)))
         compute(table, numbers, options, training.repetitions, args.scheduler)

@@ -347,7 +347,9 @@ def test_results_go_on_where_repetitions_are_missing(monkeypatch, tmp_path, caps
         few = ("--rows", "ERM", "--protocols", "letter", "--resume")
         monkeypatch.setattr(sys, "argv", ["results.py", *few, "--table", str(table), *arguments])
         results.main()
-        (line,) = [line for line in capsys.readouterr().out.splitlines() if "| ERM" in line]
+        shown = capsys.readouterr()
+        assert ("--eta" in shown.err) == ("--eta" in arguments)  # which has no effect on ERM
+        (line,) = [line for line in shown.out.splitlines() if "| ERM" in line]
         return cells(line)[2:4]
 
     table = tmp_path / "results.csv"
@@ -357,10 +359,11 @@ def test_results_go_on_where_repetitions_are_missing(monkeypatch, tmp_path, caps
     assert [row["repetition"] for row in read(table)] == ["1", "1", "1", "2", "3"]
     assert run() == ["3", "10.0 ± 8.2"] and len(asked) == 4  # nothing was left to do
     assert run("--seeds", "1", "1234") == ["2", "0.0 ± 0.0"]
+    assert run("--seeds", "1", "--eta", "3") == ["1", "0.0 ± 0.0"]
 
 
-def test_results_of_a_flag_without_effect_are_refused(in_process, monkeypatch):
-    """A row named "ERM --gamma 3" would be ERM's own."""
+def test_a_flag_that_a_row_sets_is_refused(in_process, monkeypatch):
+    """The row's name would say another value than it was trained with."""
     results = importlib.import_module("results")
     monkeypatch.setattr(results, "ROWS", (*results.ROWS, "Backdoor --eta 3"))
     result = in_process("results.py", "--rows", "Backdoor --eta 3", "--eta", "1")

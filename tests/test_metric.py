@@ -388,10 +388,11 @@ def test_the_same_results_are_pointed_out_in_both(check):
     assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -))")
     names = ("a/IRM_log.txt", "a/IRM_log (1).txt", "b/IRM_log.txt")
     rows, *_ = check(dict.fromkeys(names, log_text()))
-    assert "(the same results as b/IRM_log.txt (seed 1804) and 1 more)" in rows[0][-1]
-    rows, *_ = check(logs | {"b/IRM_log (1).txt": framework_text(0.61)})
+    assert rows[0][-1].endswith("  (the same results as b/IRM_log.txt (seed 1804))")
+    rows, *_ = check(logs | {"c/IRM_log.txt": framework_text(0.61)})
     assert rows[2][-1].endswith("  (the same results as a/IRM_log.txt (seed -) and 1 more)")
-    assert rows[1][-1].endswith("  (the same results as a/IRM_log.txt (seed -) and 1 more)")
+    rows, *_ = check({f"a/{name}": framework_text(0.61) for name in ("IRM_log.txt", "IRM.txt")})
+    assert rows[0][-1].endswith("  (the same results as a/IRM.txt (seed -))")
     other_auc = framework_text(0.61, "{}").replace("'AUC_testmean': 0.6", "'AUC_testmean': 0.5")
     rows, *_ = check({"a/IRM_log.txt": framework_text(0.61), "b/IRM_log.txt": other_auc})
     assert [row[-1] for row in rows] == ["a/IRM_log.txt", "b/IRM_log.txt"]

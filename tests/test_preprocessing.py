@@ -318,7 +318,7 @@ def test_a_download_that_breaks_off_is_not_called_a_full_disk(without_npz, monke
 
 def test_a_file_in_the_folders_place_stays(tmp_path):
     (tmp_path / "ColoredMNIST").write_text("mine")
-    with pytest.raises(UserError, match="ColoredMNIST"):
+    with pytest.raises(UserError, match="ColoredMNIST is a file"):
         draw_environments(tmp_path, sizes=(30, 20, 10), seed=1)
     assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["ColoredMNIST"]
     assert (tmp_path / "ColoredMNIST").read_text() == "mine"
