@@ -1170,7 +1170,7 @@ def test_a_loss_may_take_what_the_training_takes(quick, tmp_path, monkeypatch):
     """A schedule needs the number of iterations: other trainers still have it, and say so."""
 
     class Annealed(ERM):
-        def __init__(self, iteration=400):
+        def __init__(self, iteration=400, seed=1234):
             super().__init__()
 
     monkeypatch.setitem(register.TRAINERS, "Annealed", Annealed)
