@@ -1,41 +1,42 @@
-"""Train, move the network onto a MemTorch memristor crossbar, test it again.
+"""Train, map the network onto a MemTorch memristor crossbar, test it again.
 
 python memristor.py --seed 1234 --trainer IRM --no_cuda
-python memristor.py --load_model data/models/IRM_MLP_seed1234_repetition*.pt
+python memristor.py --load_model data/models/IRM
 
 Conductances are in siemens, resistances in ohms, voltages in volts, currents in amperes.
 """
 
 import argparse
 import copy
-import itertools
+import dataclasses
 import math
+import os
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import update_bn
 
-from dataset import Batch, Dataset, Samples, concatenate
-from metric import metrics, summarize
-from model import ERM, Loss, Network
+from dataset import Dataset, Samples, concatenate
+from metric import metrics
+from model import ERM, Network
 from preprocessing import UserError, number, run_command, warn
 from trainer import (
-    default_arguments,
+    arguments_of,
+    build,
     evaluate,
-    load,
-    load_saved,
+    load_model,
+    model_arguments,
+    model_path,
     predict,
-    repetitions,
-    save,
-    settings_of_its_own,
+    seed_repetition,
+    start_log,
+    summarize,
     train,
+    train_repetitions,
     training_parser,
-    training_settings,
     warn_of_unused,
 )
 
@@ -46,18 +47,18 @@ try:
     from memtorch.map.Parameter import naive_map
 
     IMPORT_ERROR = None
-except Exception as error:  # whatever one that was built for other versions may raise
+except Exception as error:  # a MemTorch that was built for another torch can raise anything
     Crossbar, IMPORT_ERROR = object, error
 
-HEADROOM = 1.25  # by which inputs may exceed those of the calibration before they are cut off
-CALIBRATION = 1000  # training samples to calibrate with, each in both colours
-HARDENING = 3  # times as long as the training before it
+HEADROOM = 1.25  # input clipping limit, as a multiple of the largest calibration input
+CALIBRATION = 1000  # training samples for calibration, each in both colours
+HARDENING = 3  # length of hardening, as a multiple of the training
 
 
 class CellMatrix(Crossbar):
-    """MemTorch's crossbar, with its conductances in the matrix that 1T1R cells are read from.
+    """MemTorch's crossbar without the copy of each conductance in a device object.
 
-    MemTorch writes each of them into a device object as well, one by one, which takes seconds.
+    1T1R cells are read from the conductance matrix. Writing the device objects takes seconds.
     """
 
     def update(self, from_devices: bool = True, parallelize: bool = False) -> None:
@@ -75,12 +76,19 @@ def program(
     conductance_states: int | None,
     device_variability: float,
 ) -> list[CellMatrix]:
-    """Weights (outputs, ...) → MemTorch's crossbars of the positive and of the negative ones.
+    """Return MemTorch's crossbars of the positive and of the negative weights (outputs, ...).
 
-    They are made of devices like the one given; the rest is as in `to_crossbar`.
+    Args:
+        weight: of a layer
+        device: the nominal device
+        draws: source of randomness for `device_variability`
+
+    The other arguments are those of `to_crossbar`.
     """
     crossbars = []
     for conductances in naive_map(weight, device.r_on, device.r_off, Scheme.DoubleColumn):
+        # In a layer of zeros naive_map divides by 0. Its devices are all at r_off.
+        conductances = conductances.nan_to_num(nan=1 / device.r_off)
         crossbar = CellMatrix(lambda: device, {}, conductances.shape, tuple(tile_shape))
         if device_variability:
             vary(crossbar.devices, device_variability, draws)
@@ -89,16 +97,16 @@ def program(
             round_conductances(crossbar, conductance_states)
         crossbars.append(crossbar)
     if lrs_proportion or hrs_proportion:
-        layer = SimpleNamespace(crossbars=crossbars)  # all that it needs of one
+        layer = SimpleNamespace(crossbars=crossbars)  # the only attribute that MemTorch reads
         apply_device_faults(layer, lrs_proportion, hrs_proportion, 0.0)
     return crossbars
 
 
 def vary(devices: np.ndarray, variability: float, draws: np.random.Generator) -> None:
-    """Put copies of the devices in their places, with r_on and r_off drawn for each.
+    """Give each device its own random r_on and r_off, in place.
 
-    Both are log-normal: their mean is the device's own, their standard deviation `variability`
-    times that. An r_off below its r_on becomes that r_on.
+    Both are log-normal. Their mean is the nominal resistance, their standard deviation is
+    `variability` times the mean. An r_off below the device's r_on is set to this r_on.
     """
     variance = math.log(1 + variability**2)  # of the logarithm
     on = draws.lognormal(-variance / 2, math.sqrt(variance), devices.shape)
@@ -110,7 +118,7 @@ def vary(devices: np.ndarray, variability: float, draws: np.random.Generator) ->
 
 
 def round_conductances(crossbar: CellMatrix, states: int) -> None:
-    """Round each device to the nearest of `states` conductances between its 1/r_off and 1/r_on."""
+    """Round each conductance to the nearest of `states` levels from 1/r_off to 1/r_on, in place."""
     lowest = torch.tensor([1 / device.r_off for device in crossbar.devices.flat])
     highest = torch.tensor([1 / device.r_on for device in crossbar.devices.flat])
     matrix = crossbar.conductance_matrix
@@ -121,10 +129,11 @@ def round_conductances(crossbar: CellMatrix, states: int) -> None:
 
 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
-    """A linear ADC without overflow, in place, as MemTorch's `quantize` does it row by row.
+    """Quantise currents (..., columns of a tile) in place, by a linear ADC without overflow.
 
-    Its step is the power of two at which the largest of a row (..., columns of a tile) just fits.
-    Columns that a layer leaves unused count, as in MemTorch: broken devices there widen the range.
+    The result is that of MemTorch's `quantize` for each row. The step is the smallest power of two
+    with which the row's largest current fits. As in MemTorch, unused columns of a tile count, so
+    broken devices in them widen the range.
     """
     largest = currents.abs().amax(-1, keepdim=True)
     mantissa, exponent = torch.frexp(largest + 1e-12)  # mantissa * 2 ** exponent, from 0.5 to 1
@@ -135,17 +144,17 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
 
 
 class CrossbarLayer(nn.Module):
-    """A layer on a crossbar, tile by tile for a whole batch, with a fixed range of inputs.
+    """A layer on a crossbar, with a fixed input range, computed tile by tile for a whole batch.
 
-    All that its outputs depend on stands in buffers, so that `state_dict` holds it, and nothing of
-    MemTorch is needed any more.
+    Everything that its outputs depend on is in buffers, so `state_dict` is complete, and inference
+    needs no MemTorch.
 
     Args:
         positive: MemTorch's crossbar of the positive weights
-        negative: that of the negative ones, of the same shape
-        kernel_size: that of a convolution, None for a fully connected layer
-        max_input_voltage: volts that the largest input becomes
-        adc_resolution: bits of each tile's ADC, None for an exact one
+        negative: MemTorch's crossbar of the negative weights, of the same shape
+        kernel_size: of a convolution, None for a fully connected layer
+        max_input_voltage: voltage of the largest input
+        adc_resolution: bits of the ADC of each tile, None for exact currents
     """
 
     def __init__(
@@ -166,20 +175,20 @@ class CrossbarLayer(nn.Module):
         add("grid", positive.tiles_map.long())
         add("max_input_voltage", torch.tensor(max_input_voltage))
         add("adc_resolution", torch.tensor(adc_resolution or 0))
-        # What `calibrate` fits: the input that becomes max_input_voltage, and of each column the
-        # output per ampere and the output without a current.
+        # `calibrate` fits these: the input that becomes max_input_voltage, and for each column the
+        # output per ampere and the output at zero current.
         add("input_range", torch.ones(()))
         add("gain", torch.ones(positive.columns))
         add("offset", torch.zeros(positive.columns))
 
     def rows(self, inputs: Tensor) -> Tensor:
-        """Inputs as rows for the crossbar: (N, in), or (N · positions, in) of a convolution."""
+        """Return the inputs as rows: (N, in), or (N · positions, in) for a convolution."""
         if self.kernel_size is None:
             return inputs.flatten(0, -2)
         return nn.functional.unfold(inputs, self.kernel_size).transpose(1, 2).flatten(0, 1)
 
     def currents(self, rows: Tensor) -> Tensor:
-        """Rows (N, in) → (N, columns), as MemTorch's `tiled_inference` has one sample's."""
+        """Return the currents (N, columns) for rows (N, in), as in MemTorch's `tiled_inference`."""
         limit, bits = self.max_input_voltage, int(self.adc_resolution)
         voltages = (rows * (limit / self.input_range)).clamp(-limit, limit)
         tiles = self.conductances[0] - self.conductances[1]
@@ -192,9 +201,11 @@ class CrossbarLayer(nn.Module):
         return total.flatten(1)[:, : len(self.gain)]
 
     def calibrate(self, inputs: Tensor, wanted: Tensor) -> None:
-        """Fix range, gains and offsets (least squares) by inputs and the outputs wanted for them.
+        """Fit the input range, and gains and offsets by least squares.
 
-        Their shapes are those of the layer, (N, in) and (N, out), or (N, channels, height, width).
+        Args:
+            inputs: of the layer, (N, in) or (N, channels, height, width)
+            wanted: outputs of the digital layer, (N, out) or (N, channels, height, width)
         """
         rows = self.rows(inputs)
         if self.kernel_size is None:
@@ -206,12 +217,12 @@ class CrossbarLayer(nn.Module):
         centered = currents - currents.mean(0)
         variance = centered.square().mean(0)
         covariance = (centered * (wanted - wanted.mean(0))).mean(0)
-        varies = variance > 1e-12 * currents.square().mean(0)  # by more than rounding
+        varies = variance > 1e-12 * currents.square().mean(0)  # by more than rounding errors
         self.gain = torch.where(varies, covariance / variance, 0)
         self.offset = wanted.mean(0) - self.gain * currents.mean(0)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the layer's digital forward gives, of the same shape."""
+        """Return the layer's outputs, of the same shape as those of the digital layer."""
         outputs = self.currents(self.rows(inputs)) * self.gain + self.offset
         if self.kernel_size is None:
             return outputs.unflatten(0, inputs.shape[:-1])
@@ -234,26 +245,32 @@ def to_crossbar(
     device_variability: float = 0.0,
     fault_seed: int = 0,
 ) -> Network:
-    """A copy of a network, on the CPU, whose layers with weights are memristor crossbars.
+    """Return a copy of a network, on the CPU, with memristor crossbars in place of its layers.
 
-    MemTorch builds them of VTEAM devices in 1T1R cells, in the double-column scheme with its naive
-    mapping; the ADCs' overflow rate is 0. Batch normalisation stays digital, as the linear tuning
-    after a layer does. Raises UserError without MemTorch, or where resistances or layers don't fit.
+    MemTorch builds the crossbars from VTEAM devices in 1T1R cells, with the double-column scheme
+    and its naive mapping. Only the two resistances of the VTEAM model are used: there are no
+    dynamics and no read disturb, and every conductance between the two limits is written exactly.
+    Gains and offsets are fitted after the damage, chip by chip.
 
     Args:
-        network: its `phi` is a flat Sequential of what `check_network` lets pass
-        images: (N, 2 or 3, 28, 28), normalised, to calibrate with, as of `calibration_images`
+        network: its `phi` is a flat Sequential that passes `check_network`
+        images: normalised images (N, 2 or 3, 28, 28) for calibration, see `calibration_images`
         tile_shape: rows and columns of a tile
-        adc_resolution: bits of the ADC of each tile, 2 to 16, None for an exact one
+        adc_resolution: bits of the ADC of each tile, 2 to 16, None for exact currents
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
-        max_input_voltage: volts of 1.25 times the largest input in calibration; more is cut off
-        lrs_proportion: proportion of devices stuck at r_on, 0 to 1
-        hrs_proportion: proportion of devices stuck at r_off, 0 to 1; drawn for both, it is r_on
+        max_input_voltage: input clipping limit, volts; it is 1.25 times the largest calibration
+            input
+        lrs_proportion: fraction of devices stuck at r_on, 0 to 1
+        hrs_proportion: fraction of devices stuck at r_off, 0 to 1; a device in both fractions is
+            stuck at r_on
         conductance_states: equidistant conductances that a device can have, None for any
         device_variability: standard deviation of r_on and r_off between devices, relative to their
             mean, 0 to 1; both are log-normal
         fault_seed: seed of stuck devices and variability
+
+    Raises:
+        UserError: MemTorch is missing, r_on is not below r_off, or a layer does not fit
     """
     check_devices(r_on, r_off)
     check_network(network)
@@ -262,7 +279,7 @@ def to_crossbar(
     device = VTEAM(r_off=r_off, r_on=r_on)
     draws = np.random.default_rng(fault_seed)
     state_before = np.random.get_state()
-    np.random.seed(fault_seed)  # MemTorch draws stuck devices from NumPy's global generator
+    np.random.seed(fault_seed)  # MemTorch uses NumPy's global generator for stuck devices
     with torch.no_grad():
         inputs = digital.channels(images.cpu()).clone()
         digital_inputs = inputs.clone()
@@ -291,311 +308,271 @@ def to_crossbar(
 
 
 def calibration_images(training: Samples) -> Tensor:
-    """The first 1000 training images in both colours, (2000, 2, 28, 28), normalised.
+    """Return the first 1000 training images in both colours, (2000, 2, 28, 28), normalised.
 
-    In both, so that no gain is fitted to a colour. Fewer if there are fewer.
+    Both colours are used so that no gain is fitted to one colour.
     """
     some = training[:CALIBRATION]
     return concatenate([some, some.recolored()]).batch().images
 
 
 def check_devices(r_on: float, r_off: float) -> None:
-    """Raise UserError if there is no MemTorch, or if arguments of `to_crossbar` contradict."""
+    """Raise UserError if MemTorch is missing or r_on is not below r_off."""
     if IMPORT_ERROR is not None:
-        reason = str(IMPORT_ERROR).split("\n")[0] or type(IMPORT_ERROR).__name__
-        raise UserError(f"MemTorch can't be imported ({reason}): run ./run.sh, or see README.md")
-    if r_on >= r_off or math.isclose(r_on, r_off):  # MemTorch refuses these, too
-        raise UserError(f"--r_on {r_on} is not below --r_off {r_off}")
+        reason = str(IMPORT_ERROR).split("\n")[0]
+        raise UserError(f"MemTorch cannot be imported ({reason}). Run ./run.sh to build it.")
+    if r_on >= r_off or math.isclose(r_on, r_off):  # MemTorch refuses these as well
+        raise UserError(f"--r_on {r_on} is not below --r_off {r_off}.")
 
 
 def check_network(network: Network) -> None:
-    """Raise UserError if a network has weights that crossbars can't take.
+    """Raise UserError if a network has a layer with weights that does not fit a crossbar.
 
-    They take nn.Linear, and nn.Conv2d without stride, padding, dilation and groups. Batch
-    normalisation is computed digitally, and so is what has no weights. Everything else that has
-    weights, a class derived from these two as well, is refused, wherever it stands.
+    nn.Linear fits, and nn.Conv2d without stride, padding, dilation and groups. Other layers in
+    `phi` must not have weights.
     """
     names = [name for name in network.state_dict() if not name.startswith("phi.")]
     if names != ["output_layer"] or not isinstance(network.phi, nn.Sequential):
-        raise UserError("crossbars take a network whose weights are all in `phi`, an nn.Sequential")
+        raise UserError("A crossbar needs a network with all weights in `phi`, an nn.Sequential.")
     for index, layer in enumerate(network.phi):
         if type(layer) is nn.Conv2d:
             plain = layer.stride == (1, 1) and layer.padding == (0, 0)
             fits = plain and layer.dilation == (1, 1) and layer.groups == 1
         else:
-            digital = (nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d)
-            fits = type(layer) in digital or not layer.state_dict()
+            fits = type(layer) is nn.Linear or not layer.state_dict()
         if not fits:
             raise UserError(
-                f"crossbars can't take phi[{index}], {type(layer).__name__}: of layers with weights"
-                " they take nn.Linear, and nn.Conv2d without stride, padding, dilation and groups"
+                f"phi[{index}], {type(layer).__name__}, does not fit a crossbar. Use nn.Linear, or "
+                "nn.Conv2d without stride, padding, dilation and groups."
             )
 
 
 class StuckDevices(nn.Module):
-    """A weight as the crossbar will have it: limited, and while training with random stuck devices.
+    """A weight as a damaged crossbar has it, for training.
 
-    A device stuck on adds or takes away its layer's largest weight, so weights are limited to
-    `LIMIT` standard deviations; one stuck off adds nothing. Each step draws how many are stuck, up
-    to `MOST_ON` and `MOST_OFF`. The gradient ignores both (straight-through): all weights learn on.
+    A device stuck on adds or subtracts the largest weight of its layer, so the weights are limited.
+    A device stuck off removes its weight. In training mode, each call stucks random devices, up to
+    the given fractions. The gradient ignores limit and damage (straight-through), so all weights
+    continue to learn.
+
+    Args:
+        limit: largest weight, in standard deviations of the layer's weights
+        stuck_on: largest fraction of devices stuck on, 0 to 1
+        stuck_off: largest fraction of devices stuck off, 0 to 1
     """
 
-    LIMIT, MOST_ON, MOST_OFF = 0.7, 0.2, 0.25
+    def __init__(self, limit: float, stuck_on: float, stuck_off: float):
+        super().__init__()
+        self.limit, self.stuck_on, self.stuck_off = limit, stuck_on, stuck_off
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
-        limit = self.LIMIT * values.std().item()
+        limit = min(self.limit * values.std().item(), values.abs().max().item())
         devices = torch.stack([values, -values]).clamp_(0, limit)  # positive and negative columns
         if self.training:
-            self.damage(devices, limit)
+            on = self.stuck_on * torch.rand(()).item()
+            off = self.stuck_off * torch.rand(()).item()
+            draws = torch.rand_like(devices)
+            devices[draws < on] = limit
+            devices[draws > 1 - off] = 0
         return weight + (devices[0] - devices[1] - values)
 
-    def damage(self, devices: Tensor, limit: float) -> None:
-        """Some get stuck at `limit`, some at 0, in place."""
-        on, off = self.MOST_ON * torch.rand(()).item(), self.MOST_OFF * torch.rand(()).item()
-        draws = torch.rand_like(devices)
-        devices[draws < on] = limit
-        devices[draws > 1 - off] = 0
 
+def harden(
+    network: Network,
+    training: Samples,
+    *,
+    limit: float = 0.7,
+    stuck_on: float = 0.2,
+    stuck_off: float = 0.25,
+    **settings,
+) -> Network:
+    """Return a copy of a trained network that tolerates stuck devices.
 
-class Imitation(ERM):
-    """ERM with a network's decisions as labels (after Hinton et al. 2015): no label noise.
+    Three ingredients, in the order of their effect: a limit on the weights, random stuck devices in
+    training (`StuckDevices`), and training by ERM on the network's own predictions, in both colours
+    (distillation, Hinton et al. 2015, arXiv:1503.02531). It takes `HARDENING` times as many
+    iterations as a training.
 
     Args:
-        teacher: the network, in evaluation mode all the time
-    """
+        network: the trained network
+        training: samples; their labels are not used
+        limit: largest weight, in standard deviations of the layer's weights
+        stuck_on: largest fraction of devices stuck on during training, 0 to 1
+        stuck_off: largest fraction of devices stuck off during training, 0 to 1
+        settings: of `trainer.train`; weight decay is ignored
 
-    def __init__(self, teacher: Network):
-        super().__init__()
-        self.teacher = teacher.eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> "Imitation":
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            decisions = self.teacher(batch.images) > 0
-        return super().losses(logits, batch._replace(labels=decisions.float()))
-
-
-def harden(network: Network, training: Samples, **settings) -> Network:
-    """A copy of a trained network that decides as it does whether or not devices are stuck.
-
-    Trained on `training` in both colours by `trainer.train` with its `settings`, but `HARDENING`
-    times as long and without weight decay. Raises UserError where `check_network` does.
-
-    It trains as `--steady` does only where the settings say so.
+    Raises:
+        UserError: a layer does not fit a crossbar
     """
     check_network(network)
     settings["iteration"] = HARDENING * settings.get("iteration", 400)
     settings["weight_decay"] = 0.0
-    print(f"Hardening: {settings['iteration']} iterations, the loss is that against its decisions")
+    print(f"Hardening: {settings['iteration']} iterations on the network's own predictions")
+    both_colors = concatenate([training, training.recolored()])
+    labels = (predict(network, both_colors) > 0).float()
     hardened = copy.deepcopy(network)
     for layer in hardened.phi:
-        # A single weight is its layer's largest anyway, and has no standard deviation.
+        # A single weight has no standard deviation.
         if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer.weight.numel() > 1:
-            parametrize.register_parametrization(layer, "weight", StuckDevices())
-    both_colors = concatenate([training, training.recolored()])
-    train(hardened, Imitation(copy.deepcopy(network)), both_colors, **settings)
+            damage = StuckDevices(limit, stuck_on, stuck_off)
+            parametrize.register_parametrization(layer, "weight", damage)
+    train(hardened, ERM(), dataclasses.replace(both_colors, labels=labels), **settings)
     for layer in hardened.phi:
         if parametrize.is_parametrized(layer):
             parametrize.remove_parametrizations(layer, "weight")
-    update_bn(both_colors.chunks(), hardened)  # of sound devices
-    return hardened.eval()
+    return hardened
 
 
 def memristor_parser() -> argparse.ArgumentParser:
-    """All flags of a training, and those of the crossbar; defaults are those of `to_crossbar`."""
-    parser = training_parser("Train, move the network onto a memristor crossbar, test it again.")
+    """Return the parser of the training's flags and the crossbar's."""
+    parser = training_parser("Train, map the network onto a memristor crossbar, test it again.")
     add = parser.add_argument
-    ohms, proportion = number(float, 1, 1e12), number(float, 0, 1)
-    saved = "move networks that --save_model saved onto crossbars, in place of training"
-    add("--load_model", nargs="+", metavar="FILE", help=saved)
-    hardening = f"train on for broken devices, {HARDENING} times as long"
-    add("--harden", action="store_true", help=hardening)
-
-    tile = "rows and columns of a tile, 1 to 1024"
-    add("--tile_shape", type=number(int, 1, 1024), nargs=2, default=(128, 128), help=tile)
-    bits = "bits of the ADC of each tile, 2 to 16"
-    add("--adc_resolution", type=number(int, 2, 16), default=8, help=bits)
+    ohms, fraction = number(float, 1, 1e12), number(float, 0, 1)
+    add(
+        "--load_model",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder of --save_model: load its networks instead of training",
+    )
+    add(
+        "--harden",
+        action="store_true",
+        help=f"continue the training with stuck devices, {HARDENING} times as long",
+    )
+    add(
+        "--tile_shape",
+        type=number(int, 1, 1024),
+        nargs=2,
+        default=(128, 128),
+        help="rows and columns of a tile, 1 to 1024",
+    )
+    add(
+        "--adc_resolution",
+        type=number(int, 2, 16),
+        default=8,
+        help="bits of the ADC of each tile, 2 to 16",
+    )
     add("--r_on", type=ohms, default=1.4e4, help="lowest resistance of a device, ohms")
     add("--r_off", type=ohms, default=5e7, help="highest resistance of a device, ohms")
-    volts = "volts of 1.25 times the largest input in calibration; more is cut off"
-    add("--max_input_voltage", type=number(float, 1e-9, 1000), default=0.3, help=volts)
-    lrs = "proportion of devices stuck at r_on, 0 to 1"
-    add("--lrs_proportion", type=proportion, default=0.0, help=lrs)
-    hrs = "proportion of devices stuck at r_off, 0 to 1; drawn for both, it is r_on"
-    add("--hrs_proportion", type=proportion, default=0.0, help=hrs)
-    states = "equidistant conductances that a device can have, 2 to 65536; any, if not given"
-    add("--conductance_states", type=number(int, 2, 65536), help=states)
-    variability = "standard deviation of r_on and r_off between devices, relative, 0 to 1"
-    add("--device_variability", type=proportion, default=0.0, help=variability)
-    fault_seed = "seed of stuck devices and variability, the same in each repetition"
-    add("--fault_seed", type=number(int, 0, 2**32 - 1), default=0, help=fault_seed)
+    add(
+        "--max_input_voltage",
+        type=number(float, 1e-9, 1000),
+        default=0.3,
+        help="input clipping limit, in volts (1.25 times the largest calibration input)",
+    )
+    add(
+        "--lrs_proportion",
+        type=fraction,
+        default=0.0,
+        help="fraction of devices stuck at r_on, 0 to 1",
+    )
+    add(
+        "--hrs_proportion",
+        type=fraction,
+        default=0.0,
+        help="fraction of devices stuck at r_off, 0 to 1; stuck at r_on takes precedence",
+    )
+    add(
+        "--conductance_states",
+        type=number(int, 2, 65536),
+        help="equidistant conductances that a device can have, 2 to 65536; by default any",
+    )
+    add(
+        "--device_variability",
+        type=fraction,
+        default=0.0,
+        help="relative standard deviation of r_on and r_off between devices, 0 to 1",
+    )
+    add(
+        "--fault_seed",
+        type=number(int, 0),
+        default=0,
+        help="seed of stuck devices and variability, the same in each repetition",
+    )
     return parser
 
 
-def crossbar_settings(args: argparse.Namespace) -> dict:
-    """Those of the command line's arguments that `to_crossbar` takes."""
-    return {
-        "tile_shape": tuple(args.tile_shape),
-        "adc_resolution": args.adc_resolution,
-        "r_on": args.r_on,
-        "r_off": args.r_off,
-        "max_input_voltage": args.max_input_voltage,
-        "lrs_proportion": args.lrs_proportion,
-        "hrs_proportion": args.hrs_proportion,
-        "conductance_states": args.conductance_states,
-        "device_variability": args.device_variability,
-        "fault_seed": args.fault_seed,
-    }
+def load_models(folder: str) -> tuple[list[Network], argparse.Namespace]:
+    """Load the networks in a folder of --save_model, one per repetition, and their arguments.
 
-
-def seed_repetition(args: argparse.Namespace, repetition: int) -> None:
-    """Seed as `trainer.repetitions` does, so that what follows doesn't depend on what was before.
-
-    A loaded network gets the hold-out of its training, and is hardened as right after it.
+    Raises:
+        UserError: a file is missing or corrupt, or its arguments differ from the first file's
     """
-    torch.manual_seed(1000 * args.seed + repetition - 1)
-
-
-def trained(args: argparse.Namespace, data: Dataset) -> Iterator[tuple[Network, Samples]]:
-    """Yield each network, trained, hardened if asked for and saved, and its training samples."""
-    for repetition, network, loss, training, validation in repetitions(args, data):
-        print(f"Repetition {repetition} of {args.repetitions}")
-        check_network(network)
-        train(network, loss, training, validation, **training_settings(args))
-        if args.harden:
-            network = harden_repetition(args, repetition, network, training, data.test)
-        save(args, repetition, network, loss, data.form)
-        yield network, training
-
-
-def harden_repetition(
-    args: argparse.Namespace, repetition: int, network: Network, training: Samples, test: Samples
-) -> Network:
-    """What `harden` makes of a network, whose test result is printed before."""
-    print(f"Before hardening: {evaluate(network, test)}")
-    seed_repetition(args, repetition)
-    return harden(network, training, **training_settings(args))
-
-
-class Saved(NamedTuple):
-    """A file of `--save_model`."""
-
-    path: str
-    network: Network
-    loss: Loss
-    repetition: int
-    arguments: argparse.Namespace
-    data: str  # what the data were
-
-    @property
-    def hardened(self) -> bool:
-        return getattr(self.arguments, "harden", False)  # exp-mnist.py has no such flag
-
-    @property
-    def settings(self) -> dict:
-        """What all networks of a Summary have in common."""
-        chosen = {name: getattr(self.arguments, name) for name in ("trainer", "network", "seed")}
-        return {**chosen, **settings_of_its_own(self.arguments), "data": self.data}
-
-
-def read_networks(paths: list[str]) -> list[Saved]:
-    """Saved networks in the order of their repetitions; UserError if they don't go together."""
-    files = []
-    for path in paths:
-        network, loss, saved = load_saved(path)
-        check_network(network)
-        files.append(
-            Saved(path, network, loss, saved["repetition"], saved["arguments"], saved["data"])
-        )
-    files.sort(key=lambda file: file.repetition)
-    for previous, file in itertools.pairwise(files):
-        ours, theirs = file.settings, previous.settings
-        names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-        if names:
+    first, _, args = load_model(model_path(folder, 1))
+    networks = [first]
+    for repetition in range(2, args.repetitions + 1):
+        path = model_path(folder, repetition)
+        network, _, others = load_model(path)
+        if vars(others) != vars(args):
             raise UserError(
-                f"{previous.path} and {file.path} differ in {', '.join(names)}, and a Summary is "
-                "of one setting: call this once for each"
+                f"{path} was trained with other flags than {model_path(folder, 1)}. "
+                "Train both again with --save_model."
             )
-        if file.repetition == previous.repetition:
-            raise UserError(f"{previous.path} and {file.path} are the same repetition's")
-    return files
+        networks.append(network)
+    return networks, args
 
 
-def arguments_beside(files: list[Saved]) -> argparse.Namespace:
-    """The command line's arguments, but those of the training as they are in the files."""
-    of_files = {"repetitions": len(files)}
-    not_theirs = ("repetitions", "no_cuda", "evaluation_steps", "save_model")
-    for name, value in vars(files[0].arguments).items():
-        if name in default_arguments() and name not in not_theirs:
-            of_files[name] = value
-    # What isn't given stays as it is in the namespace: so this tells what is given.
-    args = memristor_parser().parse_args(namespace=argparse.Namespace(**of_files))
+def use_arguments_of_model(args: argparse.Namespace, saved: argparse.Namespace) -> None:
+    """Replace the arguments of training by those of a saved network. Warn if one was given."""
     ignored = []
-    for name, value in of_files.items():
-        if name != "dataset_path" and getattr(args, name) != value:
+    defaults = training_parser().parse_args([])
+    for name, value in model_arguments(saved).items():
+        if getattr(args, name) not in (value, getattr(defaults, name)):
             ignored.append(f"--{name}")
-            setattr(args, name, value)
+        setattr(args, name, value)
+    if args.save_model:
+        ignored.append("--save_model")
+        args.save_model = None
     if ignored:
-        warn(f"{', '.join(sorted(ignored))}: what the files say counts, not what was given beside")
-    if files[0].hardened and args.harden:
-        warn("--harden: these networks were saved hardened, and stay as they are")
-    elif args.save_model and not args.harden:
-        warn("--save_model: there is nothing new to save without --harden")
-    args.harden = args.harden or files[0].hardened
-    return args
+        warn(f"{', '.join(ignored)} has no effect with --load_model: no network is trained")
 
 
-def loaded(
-    args: argparse.Namespace, data: Dataset, files: list[Saved]
-) -> Iterator[tuple[Network, Samples]]:
-    """Yield what `trained` does, of saved networks."""
-    if data.form != files[0].data:
-        warn(f"the networks were trained on other data than these: {files[0].data}")
-    for position, file in enumerate(files, 1):
-        print(f"Repetition {position} of {len(files)}")
-        print(f"Loaded: {file.path}")
-        seed_repetition(args, file.repetition)
+def load_repetitions(
+    args: argparse.Namespace, data: Dataset, networks: list[Network]
+) -> Iterator[tuple[int, Network, Samples]]:
+    """Yield loaded networks as `trainer.train_repetitions` yields trained ones."""
+    for repetition, network in enumerate(networks, 1):
+        print(f"Repetition {repetition} of {args.repetitions}")
+        seed_repetition(args, repetition)
         training, _ = data.hold_out(args.validation)
-        network = file.network.to(training.images.device)
-        if args.harden and not file.hardened:
-            network = harden_repetition(args, file.repetition, network, training, data.test)
-            save(args, file.repetition, network, file.loss, file.data)
-        yield network, training
+        yield repetition, network.to(training.images.device), training
 
 
-def result(network: Network, test: Samples, name: str) -> dict[str, float]:
-    """The test's metrics, printed as a line of the log."""
+def test_result(network: Network, test: Samples, name: str) -> dict[str, float]:
+    """Return the test metrics and print them as a line of the log."""
     logits = predict(network, test)
-    figures = metrics(logits, test.labels)
-    print(f"{name}: {figures}", flush=True)
+    result = metrics(logits, test.labels)
+    print(f"{name}: {result}", flush=True)
     if (logits > 0).unique().numel() == 1:
-        warn(f"{name}: it decides alike on all test images, a constant predictor")
-    return figures
+        warn(f"{name}: the network predicts the same label for all test images")
+    return result
 
 
 def main() -> None:
     args = memristor_parser().parse_args()
     check_devices(args.r_on, args.r_off)
     if args.load_model:
-        files = read_networks(args.load_model)
-        args = arguments_beside(files)
-        data = load(args)
-        networks = loaded(args, data, files)
+        networks, saved = load_models(args.load_model)
+        use_arguments_of_model(args, saved)
+    warn_of_unused(args)
+    check_network(build(args)[0])
+    data = start_log(args)
+    if args.load_model:
+        repetitions = load_repetitions(args, data, networks)
     else:
-        warn_of_unused(args)
-        data = load(args)
-        networks = trained(args, data)
+        repetitions = train_repetitions(args, data)
 
     digital, on_crossbar = [], []
-    for network, training in networks:
-        digital.append(result(network, data.test, "Test result"))
-        crossbar = to_crossbar(network, calibration_images(training), **crossbar_settings(args))
-        on_crossbar.append(result(crossbar, data.test, "Crossbar test result"))
+    for repetition, network, training in repetitions:
+        if args.harden:
+            print(f"Before hardening: {evaluate(network, data.test)}")
+            seed_repetition(args, repetition)
+            network = harden(network, training, **arguments_of(train, args))
+        digital.append(test_result(network, data.test, "Test result"))
+        images = calibration_images(training)
+        crossbar = to_crossbar(network, images, **arguments_of(to_crossbar, args))
+        on_crossbar.append(test_result(crossbar, data.test, "Crossbar test result"))
     print(f"Digital: {summarize(digital)}")
     print(f"Summary: {summarize(on_crossbar)}")
 

@@ -1,9 +1,9 @@
-"""The networks, and one class for each way of training them.
+"""The networks, and one class for each loss.
 
-Symbols, as in the assignment: Φ(x) is the logit of an image x, w = 1 the output layer that
-multiplies it, e an environment, y the label, L_e the risk of an environment in the minibatch, which
-is the mean binary cross entropy of its samples. Besides, z is the colour and σ the logistic
-function.
+Symbols, as in the assignment: Φ(x) is the logit of an image x, w = 1 is the output layer that
+multiplies it, e is an environment, y the label, and L_e the risk of an environment in the
+minibatch: the mean binary cross entropy of its samples. In addition, z is the colour and σ the
+logistic function.
 """
 
 from typing import Literal
@@ -16,7 +16,7 @@ from dataset import Batch
 
 
 class Network(nn.Module):
-    """Layers `phi`, then the `output_layer`, a scalar that is 1 and stays 1.
+    """Layers `phi`, then the `output_layer`, a scalar that stays 1.
 
     Args:
         phi: layers from images (N, 2, 28, 28), red and green, to logits (N, 1); from (N, 1, 28, 28)
@@ -28,20 +28,28 @@ class Network(nn.Module):
         super().__init__()
         self.phi = phi
         self.grayscale = grayscale
-        # It requires a gradient, for IRM; the optimizer gets phi's parameters alone.
+        # IRM needs its gradient. The optimizer only gets the parameters of phi.
         self.output_layer = nn.Parameter(torch.ones(()))
 
     def channels(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 2 or 3, 28, 28) → the channels that phi gets.
+        """Select the channels that phi takes from normalised images (N, 2 or 3, 28, 28).
 
-        Red and green, as blue is 0 in every image; with `grayscale` the brighter of these two.
+        These are red and green. With `grayscale`, it is the brighter one of the two.
         """
         images = images[:, :2]
         return images.amax(1, keepdim=True) if self.grayscale else images
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return the inputs (N, units) of the last layer, for images (N, 2 or 3, 28, 28)."""
+        return self.phi[:-1](self.channels(images))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (N,) of features (N, units)."""
+        return self.output_layer * self.phi[-1](features).squeeze(-1)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 2 or 3, 28, 28) → logits (N,)."""
-        return self.output_layer * self.phi(self.channels(images)).squeeze(-1)
+        """Return the logits (N,) of normalised images (N, 2 or 3, 28, 28)."""
+        return self.logits(self.features(images))
 
 
 class MLP(Network):
@@ -49,8 +57,8 @@ class MLP(Network):
 
     Args:
         hidden_dim: units of each hidden layer
-        bias: give the layers biases
-        drop_rate: proportion of hidden units dropped while training, 0 to 1
+        bias: add biases to the layers
+        drop_rate: fraction of hidden units that are dropped during training, 0 to 1
         grayscale: hide the colours
     """
 
@@ -69,8 +77,6 @@ class MLP(Network):
                 layers.append(nn.Dropout(drop_rate))
             inputs = width
         layers.append(nn.Linear(inputs, 1, bias))
-        # The same as the assignment's 2352 inputs: weights are drawn for these, within ±1/√2352,
-        # and then those of blue, which is 0 in every image, are taken away.
         if not grayscale:
             drop_blue(layers[1])
         super().__init__(nn.Sequential(*layers), grayscale)
@@ -80,14 +86,14 @@ class CNN(Network):
     """The course project's network: two convolutions with pooling, 64 hidden units, one logit.
 
     Args:
-        drop_rate: proportion of hidden units dropped while training, 0 to 1
+        drop_rate: fraction of hidden units that are dropped during training, 0 to 1
         grayscale: hide the colours
     """
 
     def __init__(self, drop_rate: float = 0.0, grayscale: bool = False):
         layers = [
             nn.Conv2d(1 if grayscale else 3, 32, 5),
-            nn.MaxPool2d(2),  # before ReLU: the same numbers, and a quarter of the work
+            nn.MaxPool2d(2),  # before ReLU: the result is the same, with a quarter of the work
             nn.ReLU(),
             nn.Conv2d(32, 64, 5),
             nn.MaxPool2d(2),
@@ -105,10 +111,11 @@ class CNN(Network):
 
 
 def drop_blue(layer: nn.Linear | nn.Conv2d) -> None:
-    """Take the blue inputs away from a first layer whose weights torch drew for RGB.
+    """Remove the blue inputs from a first layer that torch has initialised for RGB.
 
-    Blue is 0 in every image, so its weights would change no output and get no gradient: without
-    them a step takes a third less time. The others stay as torch drew them for all inputs.
+    Blue is 0 in every image. Its weights would change no output and get no gradient, and a training
+    step takes a third less time without them. The other weights stay as torch initialised them for
+    all three channels, for example within ±1/√2352 in the assignment's MLP.
     """
     inputs = layer.weight.shape[1]  # pixels of all channels, or channels
     layer.weight = nn.Parameter(layer.weight[:, : inputs * 2 // 3].detach().clone())
@@ -119,24 +126,24 @@ def drop_blue(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 class Loss(nn.Module):
-    """What a training minimises: `loss(network, batch)` returns a scalar.
+    """The objective of a training: `loss(network, batch)` returns a scalar.
 
-    A loss of one's own has a `forward(self, network, batch)` and a line in register.py. It calls
-    the network itself, so it can use logits, features or whatever it needs. State stands in buffers
-    (`register_buffer`) and changes in training mode only (`self.training`).
+    To add a loss, write `forward(self, network, batch)` and add a line to register.py. A loss calls
+    the network itself, so it can use logits, features or both. It keeps its state in buffers
+    (`register_buffer`) and changes it in training mode only (`self.training`).
     """
 
     def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Binary cross entropy of each sample, (N,)."""
+        """Return the binary cross entropy of each sample, (N,)."""
         return F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
 
     def risks(self, logits: Tensor, batch: Batch) -> Tensor:
-        """L_e of each environment that the batch has a sample of, in the order of `present`."""
+        """Return L_e of each environment in the batch, in the order of `present`."""
         losses = self.losses(logits, batch)
         return torch.stack([losses[batch.envs == e].mean() for e in self.present(batch)])
 
     def present(self, batch: Batch) -> list[int]:
-        """The environments that the batch has a sample of: 0, 1 or both."""
+        """Return the environments in the batch: 0, 1 or both."""
         return batch.envs.unique().tolist()
 
 
@@ -148,12 +155,12 @@ class ERM(Loss):
 
 
 class GroupDRO(Loss):
-    """Group DRO, distributionally robust: the assignment's Algorithm 1, over minibatches.
+    """Group distributionally robust optimisation (assignment, Algorithm 1).
 
-    It is the minibatch form of Algorithm 1 of Sagawa et al. 2019 (arXiv:1911.08731), which draws
-    one group a step. q starts uniform. In each step q_e ← q_e exp(η L_e), then q is renormalised,
-    and Σ q_e L_e is minimised with q held constant. Where a minibatch lacks an environment, its q_e
-    changes by the renormalisation alone.
+    The assignment's algorithm is the minibatch form of Algorithm 1 of Sagawa et al. 2019
+    (arXiv:1911.08731), which samples one group per step. q starts uniform. Each step sets
+    q_e ← q_e exp(η L_e), renormalises q, and minimises Σ q_e L_e with q held constant. If a
+    minibatch lacks an environment, only the renormalisation changes the environment's q_e.
 
     Args:
         eta: step size η of the weights q
@@ -168,7 +175,7 @@ class GroupDRO(Loss):
         risks = self.risks(network(batch.images), batch)
         present = self.present(batch)
         if self.training:
-            log_q = self.q.log()  # as exp(η L_e) can overflow; softmax renormalises
+            log_q = self.q.log()  # because exp(η L_e) can overflow; softmax renormalises
             log_q[present] += self.eta * risks.detach()
             self.q = log_q.softmax(0)
         return (self.q[present] * risks).sum()
@@ -177,8 +184,13 @@ class GroupDRO(Loss):
 class IRM(Loss):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019, arXiv:1907.02893; assignment, (4)).
 
-    The mean of L_e over e, plus λ times the mean over e of (∂L_e(w · Φ)/∂w at w = 1)². This w is
-    the network's `output_layer`. As it takes gradients, it has no value under `torch.no_grad`.
+    The objective is the mean of L_e over e, plus λ times the mean over e of (∂L_e(w · Φ)/∂w)² at
+    w = 1. Here w is the network's `output_layer`. The gradient cannot be computed under
+    `torch.no_grad`.
+
+    The penalty is also 0 for Φ = 0. With n samples of an environment in a minibatch, a λ above
+    about n/2 makes Φ = 0 a trap, because the square of the minibatch's gradient is biased by its
+    variance. For what IRMv1 does not guarantee, see Kamath et al. 2021 (arXiv:2101.01134).
 
     Args:
         reg_lambda: weight λ of the penalty
@@ -198,46 +210,49 @@ class IRM(Loss):
 
 
 class Backdoor(Loss):
-    """Backdoor adjustment for colour and environment, the stratum s (Pearl 2009, theorem 3.3.2).
+    """Backdoor adjustment for the stratum s: colour and environment (Pearl 2009, theorem 3.3.2).
 
-    The graph is s → x, s → y, x → y: s opens the path x ← s → y, lies before x, and meets the
-    backdoor criterion. Hence
+    The course project assumes the graph s → x, s → y, x → y, where x is the digit's shape. Then s
+    opens the path x ← s → y and meets the backdoor criterion:
 
     1. P(y | do(x)) = Σ_s P(y | do(x), s) P(s | do(x)), by the law of total probability,
-    2. P(s | do(x)) = P(s), as x does not cause s,
-    3. P(y | do(x), s) = P(y | x, s), as no backdoor path is open once s is given,
+    2. P(s | do(x)) = P(s), because x does not cause s,
+    3. P(y | do(x), s) = P(y | x, s), because no backdoor path is open once s is given,
     4. P(y | do(x)) = Σ_s P(y | x, s) P(s).
 
-    An image shows one colour, so P(y | x, s) is observed for strata of that colour only. Assumed:
-    once the label is known, the digit says nothing about s. Then, by Bayes' rule, the log odds of
-    P(y = 1 | x, s) are Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and one Φ for all
-    strata (prior correction, King & Zeng 2001). Training fits Φ by maximum likelihood, and counts
-    o_s and P(s) in the minibatches. `probability` computes step 4. The commands decide by Φ(x) > 0,
-    as for the other trainers, which is P(y = 1 | do(x)) > 1/2 where the colours are equally
-    frequent and their offsets each other's negatives, as they nearly are here.
+    An image shows one colour, so P(y | x, s) is only observed for strata of that colour. If the
+    digit is independent of s given the label, Bayes' rule gives the log odds of P(y = 1 | x, s) as
+    Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and the same Φ for all strata (prior
+    correction, King & Zeng 2001). The generator ensures this independence, although it draws the
+    colour from the label, which is another graph. Training fits Φ by maximum likelihood and counts
+    o_s and P(s) in the minibatches.
 
-    Balancing is the adjustment of another graph, s → x, s → y, y → x: each sample counts
-    1 / P(y | s), which gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little &
-    Badawy 2019, arXiv:1910.09648). Its σ(Φ) is the posterior of balanced labels.
+    `probability` computes step 4. Metrics use Φ(x) > 0, as for the other trainers. This is nearly
+    always the same as P(y = 1 | do(x)) > 1/2, because the two colours are about equally frequent
+    and have opposite offsets.
+
+    Balancing, with weights 1 / P(y | s), is the adjustment in another graph, s → x, s → y, y → x:
+    it gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little & Badawy 2019,
+    arXiv:1910.09648). Its σ(Φ) is the posterior of balanced labels.
 
     Args:
-        adjustment: "offset" fits σ(Φ + o_s), "weights" balances
+        adjustment: "offset" fits σ(Φ + o_s), "weights" balances the labels
     """
 
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         super().__init__()
         self.adjustment = adjustment
-        # Samples seen so far, of each stratum s = 2 e + z and each label. They start at a half, so
+        # Training samples seen of each stratum s = 2 e + z and each label. They start at 0.5, so
         # that the odds are finite.
         self.register_buffer("counts", torch.full((4, 2), 0.5))
 
     @property
     def offsets(self) -> Tensor:
-        """o_s, (4,)."""
+        """The log odds o_s of the strata, (4,)."""
         return self.counts[:, 1].log() - self.counts[:, 0].log()
 
     def probability(self, logits: Tensor) -> Tensor:
-        """Logits Φ(x) of any shape → P(y = 1 | do(x)) = Σ_s P(s) σ(Φ(x) + o_s), of that shape."""
+        """Return P(y = 1 | do(x)) = Σ_s P(s) σ(Φ(x) + o_s) for logits Φ(x) of any shape."""
         p_s = self.counts.sum(1) / self.counts.sum()
         given_s = torch.sigmoid(logits.to(p_s.device).unsqueeze(-1) + self.offsets)
         return (given_s * p_s).sum(-1).to(logits.device)

@@ -1,4 +1,4 @@
-"""Names on the command line → classes. A loss or network of one's own gets a line here."""
+"""Names on the command line → classes. Add a line here for your own loss or network."""
 
 from model import CNN, ERM, IRM, MLP, Backdoor, GroupDRO
 

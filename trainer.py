@@ -1,24 +1,26 @@
-"""Train one network, the loop over seeds, test, save and load; and the flags of all that."""
+"""Training, repetitions and their seeds, the summary, saved networks, and the flags."""
 
 import argparse
 import inspect
+import math
+import os
 import shlex
 import sys
-import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch import Tensor
 from tqdm import tqdm
 
-from dataset import Batch, Dataset, Samples, check_sums, form_of_drawn, load_dataset
+from dataset import Batch, Dataset, Samples, check_integrity, load_data
 from metric import metrics
 from model import Loss, Network
-from preprocessing import P_E, P_F, SIZES, UserError, number, warn, written_whole
+from preprocessing import UserError, number, replacing, save, warn
 from register import NETWORKS, TRAINERS
+
+os.environ.setdefault("USER", "user")  # torch asks for a name, which a container may not have
 
 
 def train(
@@ -31,65 +33,61 @@ def train(
     batch_size: int = 1024,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.0,
-    steady: bool = False,
     evaluation_steps: int = 100,
+    report: Callable[[int], None] | None = None,
 ) -> Network:
-    """Train a network in place by Adam, where the samples are; returns it in evaluation mode.
+    """Train a network in place with Adam and return it in evaluation mode.
 
-    The defaults are the assignment's protocol. Raises UserError if the objective isn't one finite
-    number, or if the loss has weights of its own.
+    The defaults are the assignment's protocol. The network is moved to the device of the samples.
 
     Args:
         network: its `phi` is trained, its `output_layer` is not
-        loss: what is minimised; its state, such as groupDRO's q, changes on the way
+        loss: the objective; its state, such as the q of groupDRO, changes during training
         training: samples to train on
-        validation: samples for figures in the log, and for nothing else
-        iteration: minibatches to train on
-        batch_size: samples in a minibatch
+        validation: samples for the metrics in the log; they influence nothing
+        iteration: number of minibatches
+        batch_size: samples per minibatch
         learning_rate: of Adam
         weight_decay: L2 coefficient of Adam
-        steady: average the weights of the last quarter of the steps (after Izmailov et al. 2018,
-            arXiv:1803.05407), and clip gradients to a norm of 0.1 (Pascanu et al. 2013,
-            arXiv:1211.5063)
-        evaluation_steps: iterations from log line to log line
+        evaluation_steps: iterations between two reports
+        report: called with the number of finished iterations, by default `print_progress`
+
+    Raises:
+        UserError: the objective is not one finite number, or the loss has parameters
     """
-    if any(weights.requires_grad for weights in loss.parameters()):
-        raise UserError("the loss has weights of its own, which would not be trained: use buffers")
+    if any(True for _ in loss.parameters()):
+        raise UserError("A loss cannot have trainable parameters. Use register_buffer for state.")
     network.to(training.images.device).train()
     loss.to(training.images.device).train()
     optimizer = torch.optim.Adam(
         network.phi.parameters(), lr=learning_rate, weight_decay=weight_decay
     )
-    average = AveragedModel(network) if steady else None
     batches = training.minibatches(batch_size)
     for step in tqdm(range(1, iteration + 1), disable=None, leave=False):  # None: in a terminal
         batch = next(batches)
         objective = loss(network, batch)
         if objective.shape != ():
-            raise UserError(f"a loss is one number, and this one is {tuple(objective.shape)}")
-        network.zero_grad()  # all of it, as the output layer gets gradients, too
+            raise UserError(f"A loss must return a scalar, not shape {tuple(objective.shape)}.")
+        network.zero_grad()  # the whole network, because the output layer gets gradients as well
         objective.backward()
-        if steady:
-            nn.utils.clip_grad_norm_(network.phi.parameters(), 0.1)
         optimizer.step()
-        if steady and step > 0.75 * iteration:
-            average.update_parameters(network)
         if not objective.isfinite():
             raise UserError(
-                f"diverged at iteration {step}: lower --learning_rate or a weight of the loss "
-                "(--reg_lambda, --eta); or a minibatch had too few samples for this loss"
+                f"The training diverged at iteration {step}. "
+                "Lower --learning_rate or the weight of the loss (--reg_lambda, --eta)."
             )
         if step % evaluation_steps == 0:
-            report(step, objective, network, loss, batch, validation)
-    if steady:
-        network.load_state_dict(average.module.state_dict())
-        update_bn(training.chunks(), network)  # for a network that has batch normalisation
+            if report is None:
+                print_progress(step, objective, network, loss, batch, validation)
+            else:
+                report(step)
+            network.train()
     loss.eval()
     return network.eval()
 
 
 @torch.no_grad()
-def report(
+def print_progress(
     step: int,
     objective: Tensor,
     network: Network,
@@ -97,326 +95,274 @@ def report(
     batch: Batch,
     validation: Samples | None,
 ) -> None:
-    """The log's line: this step's objective, then figures of the network that it led to.
+    """Print a line of the log: this step's objective, then results of the updated network.
 
-    These are each environment's loss in the same minibatch, and the metrics on the validation
-    samples.
+    The results are the risk of each environment in the same minibatch and the validation metrics.
     """
-    network.eval()  # so that this draws no random numbers of dropout
-    shown = {0: "–", 1: "–"}  # for an environment that the minibatch lacks
+    network.eval()  # without dropout, so that no random numbers are used
+    risks = {0: "–", 1: "–"}  # for an environment that is not in the minibatch
     for e, risk in zip(loss.present(batch), loss.risks(network(batch.images), batch), strict=True):
-        shown[e] = f"{risk:.4f}"
-    losses = f"loss of train1 {shown[0]}, train2 {shown[1]}"
-    line = f"Iteration {step}: objective {objective:.4f}; {losses}"
+        risks[e] = f"{risk:.4f}"
+    line = f"Iteration {step}: objective {objective:.4f}; "
+    line += f"loss of train1 {risks[0]}, train2 {risks[1]}"
     if validation is not None:
         line += f"; validation {evaluate(network, validation)}"
-    tqdm.write(line)  # print, but beside the progress bar
+    tqdm.write(line)  # does not break the progress bar
     sys.stdout.flush()
-    network.train()
 
 
 @torch.no_grad()
 def predict(network: Network, samples: Samples) -> Tensor:
-    """Logits (N,) of samples, one at least, computed where the network is: a crossbar's on the CPU.
+    """Return the logits (N,) of samples, computed on the network's device.
 
-    Raises UserError if one isn't finite.
+    Raises:
+        UserError: a logit is not finite
     """
     network.eval()
     device = network.output_layer.device
     logits = torch.cat([network(batch.images.to(device)) for batch in samples.chunks()])
     if not logits.isfinite().all():
-        raise UserError("a logit is nan or infinite: lower --learning_rate")
+        raise UserError("The network's logits are not finite. Lower --learning_rate.")
     return logits
 
 
 def evaluate(network: Network, samples: Samples) -> dict[str, float]:
-    """Accuracy, AUC and F1_macro on all samples, one at least."""
+    """Return Accuracy, AUC and F1_macro on samples."""
     return metrics(predict(network, samples), samples.labels)
 
 
-def load(args: argparse.Namespace) -> Dataset:
-    """Begin the log; the data, on the GPU if there is one and it may be used."""
-    use_gpu = torch.cuda.is_available() and not args.no_cuda
-    if use_gpu:
-        torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions, too
-        torch.backends.cudnn.deterministic = True  # the same bits each time, there as well
+def start_log(args: argparse.Namespace) -> Dataset:
+    """Print the head of the log and load the data, onto the GPU if there is one.
+
+    Raises:
+        UserError: the data, the GPU or the folder --save_model cannot be used
+    """
     print(f"Arguments: {vars(args)}")
-    device = torch.cuda.get_device_name() if use_gpu else f"CPU, threads: {torch.get_num_threads()}"
+    data = load_data(args.dataset_path, args.seed)
+    device = f"CPU, threads: {torch.get_num_threads()}"
+    if torch.cuda.is_available() and not args.no_cuda:
+        torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions as well
+        torch.backends.cudnn.deterministic = True  # the same bits in every run
+        try:
+            data = data.to("cuda")
+            torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
+            device = torch.cuda.get_device_name()
+        except RuntimeError as error:  # the GPU is too old for this torch, or full
+            reason = str(error).split("\n")[0]
+            raise UserError(f"The GPU cannot be used ({reason}). Add --no_cuda.") from None
     print(f"Device: {device}, torch: {torch.__version__}")
-    data = load_dataset(args.dataset_path, args.seed, "cuda" if use_gpu else "cpu")
     print(f"Data: {data.description}", flush=True)
-    if args.save_model:  # what can't be written there is said now, not after the training
-        name = file_name(args, args.repetitions, data.form)
-        with written_whole(Path(args.save_model) / name) as partial:
-            partial.touch()
-            partial.unlink()
+    if args.save_model:  # finds a folder that cannot be written before the training
+        with replacing(model_path(args.save_model, 1)):
+            pass
     if data.seed not in (None, args.seed):
         warn(
-            f"seed {args.seed} trains on the data of seed {data.seed}, which stay as they were "
-            "drawn at first; to draw the assignment's with this seed: "
-            f"rm -r {shlex.quote(str(data.folder.resolve()))}"
+            f"seed {args.seed} trains on data of seed {data.seed}. To generate data with this "
+            f"seed: rm -r {shlex.quote(str(data.folder.resolve()))}"
         )
     return data
 
 
-def repetitions(
+def train_repetitions(
     args: argparse.Namespace, data: Dataset
-) -> Iterator[tuple[int, Network, Loss, Samples, Samples | None]]:
-    """Yield each repetition's (repetition, network, loss, training, validation), untrained.
-
-    Each sets a seed of its own, which decides what is held out, the initial weights and the order
-    of the minibatches.
-    """
+) -> Iterator[tuple[int, Network, Samples]]:
+    """Train and save each repetition. Yield its number, its network and its training samples."""
     for repetition in range(1, args.repetitions + 1):
-        torch.manual_seed(1000 * args.seed + repetition - 1)
-        training, validation = data.hold_out(args.validation)
-        network, loss = build(args)
-        yield repetition, network, loss, training, validation
+        print(f"Repetition {repetition} of {args.repetitions}")
+        network, loss, training, _ = train_repetition(args, data, repetition)
+        if args.save_model:
+            save_model(model_path(args.save_model, repetition), args, network, loss)
+        yield repetition, network, training
+
+
+def train_repetition(
+    args: argparse.Namespace,
+    data: Dataset,
+    repetition: int,
+    report: Callable[[int], None] | None = None,
+) -> tuple[Network, Loss, Samples, Samples | None]:
+    """Train one repetition. Return its network, its loss, its training and validation samples."""
+    seed_repetition(args, repetition)
+    training, validation = data.hold_out(args.validation)
+    network, loss = build(args)
+    train(network, loss, training, validation, report=report, **arguments_of(train, args))
+    return network, loss, training, validation
+
+
+def seed_repetition(args: argparse.Namespace, repetition: int) -> None:
+    """Seed torch for a repetition: its hold-out, its initial weights and its minibatches."""
+    torch.manual_seed(1000 * args.seed + repetition - 1)
 
 
 def build(args: argparse.Namespace) -> tuple[Network, Loss]:
-    """The network, of weights drawn anew, and the loss that the command line asks for.
-
-    A flag reaches a class by the parameter of its name: `--eta` is `GroupDRO(eta)`.
-    """
+    """Return the network with initial weights and the loss that the command line asks for."""
     network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
     return network(**arguments_of(network, args)), loss(**arguments_of(loss, args))
 
 
 def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
-    """Those of the command line's arguments that a function or a class takes, by their names."""
-    names = inspect.signature(function).parameters
-    return {name: value for name, value in vars(args).items() if name in names}
+    """Select the arguments that `function` accepts, so that --eta reaches GroupDRO(eta).
 
-
-def training_settings(args: argparse.Namespace) -> dict:
-    """Those of the command line's arguments that `train` takes.
-
-    By hand, as its `network` and `validation` are not what the flags of these names are.
+    These are the keyword-only parameters of a function and all parameters of a class.
     """
+    parameters = inspect.signature(function).parameters.values()
     return {
-        "iteration": args.iteration,
-        "batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "steady": args.steady,
-        "evaluation_steps": args.evaluation_steps,
+        each.name: getattr(args, each.name)
+        for each in parameters
+        if hasattr(args, each.name)
+        and (inspect.isclass(function) or each.kind is each.KEYWORD_ONLY)
     }
 
 
-def save(
-    args: argparse.Namespace, repetition: int, network: Network, loss: Loss, form: str
-) -> None:
-    """Write a trained network and all that it came from to the folder `--save_model`, if given.
+def summarize(results: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean and the population standard deviation of each metric over repetitions.
 
-    A dict of the arguments, the repetition, what the data are (`Dataset.form`), the network's
-    state_dict and the loss's, on the CPU. The name of the file has every setting that is not the
-    default, and a checksum of `form` if the data aren't those that the seed draws.
+    They are nan if a result is nan.
     """
-    if not args.save_model:
-        return
+    summary = {}
+    for name in results[0]:
+        values = [result[name] for result in results]
+        mean = fmean(values)
+        summary[f"{name}_testmean"] = mean
+        summary[f"{name}_teststd"] = math.nan if math.isnan(mean) else pstdev(values)
+    return summary
+
+
+# Saved networks.
+
+
+def model_path(folder: str | Path, repetition: int) -> Path:
+    return Path(folder) / f"repetition{repetition}.pt"
+
+
+def model_arguments(args: argparse.Namespace) -> dict:
+    """Select the arguments that make a network: the file of a saved network has these."""
+    names = ("trainer", "network", "seed", "repetitions", "validation")
+    classes = NETWORKS[args.network], TRAINERS[args.trainer]
+    arguments = {name: getattr(args, name) for name in names}
+    for function in (train, *classes):
+        arguments |= arguments_of(function, args)
+    return arguments
+
+
+def save_model(path: Path, args: argparse.Namespace, network: Network, loss: Loss) -> None:
+    """Save a network with its loss and its arguments. Print the path."""
     saved = {
-        "arguments": vars(args),
-        "repetition": repetition,
-        "data": form,
+        "arguments": model_arguments(args),
         "network": {name: tensor.cpu() for name, tensor in network.state_dict().items()},
         "loss": {name: tensor.cpu() for name, tensor in loss.state_dict().items()},
     }
-    path = Path(args.save_model) / file_name(args, repetition, form)
-    with written_whole(path) as partial:
-        torch.save(saved, partial)
+    with replacing(path) as partial:
+        save(saved, partial)
     print(f"Saved: {path}")
 
 
-def file_name(args: argparse.Namespace, repetition: int, form: str) -> str:
-    """Such as IRM_MLP_reg_lambda-20.0_steady_seed1234_repetition1.pt."""
-    words = [args.trainer, args.network]
-    for name, value in settings_of_its_own(args).items():
-        if isinstance(value, (list, tuple)):
-            value = "-".join(map(str, value))
-        words.append(name if value is True else f"{name}-{value}")
-    drawn = {"p_f": P_F, "p_e": P_E, "sizes": SIZES, "shuffle_digits": False, "seed": args.seed}
-    if form != form_of_drawn(drawn):
-        words.append(f"data-{zlib.crc32(form.encode()):08x}")
-    return "_".join([*words, f"seed{args.seed}", f"repetition{repetition}.pt"])
+def load_model(path: str | Path) -> tuple[Network, Loss, argparse.Namespace]:
+    """Load a saved network, on the CPU and in evaluation mode.
 
+    Returns:
+        the network, its loss, and the default arguments with those of the file in their place
 
-NAMED_ANYWAY = ("trainer", "network", "seed")  # in the name of a file
-NO_OTHER_NETWORK = ("repetitions", "dataset_path", "no_cuda", "save_model", "evaluation_steps")
-NO_SETTINGS = (*NAMED_ANYWAY, *NO_OTHER_NETWORK)
-
-
-def settings_of_its_own(args: argparse.Namespace) -> dict:
-    """The arguments that tell a trained network from that of the default flags."""
-    settings, unused = {}, unused_flags(args)
-    for name, default in {**default_arguments(), "harden": False}.items():
-        value = getattr(args, name, default)
-        if value != default and name not in NO_SETTINGS and name not in unused:
-            settings[name] = value
-    return settings
-
-
-def default_arguments() -> dict:
-    return vars(training_parser().parse_args([]))
-
-
-def load_model(path: str | Path) -> tuple[Network, Loss]:
-    """The network and the loss in a file of `--save_model`, on the CPU, in evaluation mode.
-
-    UserError if it can't be used.
+    Raises:
+        UserError: the file cannot be read, or it is not a saved network
     """
-    network, loss, _ = load_saved(path)
-    return network, loss
-
-
-def load_saved(path: str | Path) -> tuple[Network, Loss, dict]:
-    """The same and what else is in the file: arguments, repetition and what the data were."""
     try:
-        check_sums(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of files that torch did not write
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-        arguments = default_arguments() | saved["arguments"]
-        is_ours = (
-            isinstance(saved["repetition"], int)
-            and isinstance(saved["data"], str)
-            and isinstance(arguments["seed"], int)
-            and isinstance(arguments["trainer"], str)
-            and isinstance(arguments["network"], str)
-            and isinstance(arguments["dataset_path"], str)
-            and 0 <= arguments["validation"] <= 0.9
-        )
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except Exception:  # whatever a stranger's bytes may provoke
-        is_ours = False
-    if not is_ours:
-        raise UserError(f"{path} is damaged, or no network that --save_model wrote")
-    args = argparse.Namespace(**arguments)
-    if args.trainer not in TRAINERS or args.network not in NETWORKS:
-        raise UserError(f"{path}: register.py has no {args.trainer}, or no {args.network}")
-    try:
+        check_integrity(path)
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        args = training_parser().parse_args([])
+        arguments = saved["arguments"]
+        args.trainer, args.network = arguments["trainer"], arguments["network"]
+        for name in model_arguments(args):
+            setattr(args, name, arguments.get(name, getattr(args, name)))
+        args.seed, args.repetitions = int(args.seed), int(args.repetitions)
+        args.validation = float(args.validation)
         network, loss = build(args)
         network.load_state_dict(saved["network"])
         loss.load_state_dict(saved["loss"])
-    except Exception:
-        raise UserError(f"{path} does not fit {args.trainer} and {args.network} here") from None
-    if not all(weights.isfinite().all() for weights in network.parameters()):
-        raise UserError(f"{path} has weights that are nan or infinite")
-    saved["arguments"] = args
-    return network.eval(), loss.eval(), saved
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception:  # an untrusted file can raise anything
+        raise UserError(
+            f"{path} is corrupt, or it is not a network that this version saved. "
+            "Train it again with --save_model."
+        ) from None
+    return network.eval(), loss.eval(), args
 
 
-class Watched(Loss):
-    """A loss for `train` that calls `note(steps)` after 0, `every`, 2 `every`, ... steps.
-
-    `note` can evaluate the network, say. The training is the same, bit for bit, as long as `note`
-    draws no random numbers of torch.
-
-    Args:
-        loss: what is minimised
-        every: steps from call to call
-        note: gets the number of steps done so far
-    """
-
-    def __init__(self, loss: Loss, every: int, note: Callable[[int], object]):
-        super().__init__()
-        self.loss = loss
-        self.every = every
-        self.note = note
-        self.steps = 0
-
-    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        return self.loss.losses(logits, batch)
-
-    def forward(self, network: Network, batch: Batch) -> Tensor:
-        if self.training:
-            if self.steps % self.every == 0:
-                self.note(self.steps)
-                network.train()  # as `evaluate` leaves it in evaluation mode
-            self.steps += 1
-        return self.loss(network, batch)
+# The flags.
 
 
 def training_parser(description: str = "") -> argparse.ArgumentParser:
-    """All flags of a training; the defaults are the assignment's protocol.
-
-    They stand in `train` and in the classes of model.py, too; a test compares them.
-    """
+    """Return the parser of the flags. A flag reaches the class or function with its parameter."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    # Above these bounds int64 or float32 would overflow within a step.
-    count, amount = number(int, 1, 10**9), number(float, 0, 1e30)
-    add("--trainer", default="ERM", choices=TRAINERS, help="the objective")
+    add, count, weight = parser.add_argument, number(int, 1), number(float, 0)
+    add("--trainer", default="ERM", choices=TRAINERS, help="the loss")
     add("--network", default="MLP", choices=NETWORKS, help="the architecture")
-    seed = "seed of the repetitions, and of the data if they are drawn now"
-    add("--seed", type=number(int, 0, 2**32 - 1), default=1234, help=seed)
-    add("--repetitions", type=count, default=3, help="trainings, each with its own draws")
-    path = "folder that contains ColoredMNIST"
-    add("--dataset_path", type=lambda text: str(Path(text)), default="data", help=path)
-    validation = "proportion of the training samples held out for the log, 0 to 0.9"
-    add("--validation", type=number(float, 0, 0.9), default=0.2, help=validation)
+    add("--seed", type=number(int, 0), default=1234, help="seed of the data and the repetitions")
+    add("--repetitions", type=count, default=3, help="trainings, each with its own seed")
+    add("--dataset_path", default="data", help="folder that contains ColoredMNIST")
+    add(
+        "--validation",
+        type=number(float, 0, 0.9),
+        default=0.2,
+        help="fraction of the training samples that is held out for metrics in the log, 0 to 0.9",
+    )
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
-    add("--save_model", metavar="DIR", help="folder to save each repetition's network in")
+    add(
+        "--save_model",
+        type=os.path.expanduser,
+        metavar="DIR",
+        help="folder to save the network of each repetition in",
+    )
 
-    add("--iteration", type=count, default=400, help="minibatches to train on")
-    add("--batch_size", type=count, default=1024, help="samples in a minibatch")
-    add("--learning_rate", type=number(float, 0, 1e30, above=True), default=1e-3, help="of Adam")
-    add("--weight_decay", type=amount, default=0.0, help="L2 coefficient of Adam")
-    steady = "average the weights of the last quarter, and clip gradients to a norm of 0.1"
-    add("--steady", action="store_true", help=steady)
-    add("--evaluation_steps", type=count, default=100, help="iterations from log line to log line")
+    add("--iteration", type=count, default=400, help="number of minibatches")
+    add("--batch_size", type=count, default=1024, help="samples per minibatch")
+    add("--learning_rate", type=weight, default=1e-3, help="learning rate of Adam")
+    add("--weight_decay", type=weight, default=0.0, help="L2 coefficient of Adam")
+    add("--evaluation_steps", type=count, default=100, help="iterations between two log lines")
 
-    add("--grayscale", action="store_true", help="hide the colours: the oracle to compare with")
-    units = number(int, 1, 10**4)
-    add("--hidden_dim", type=units, nargs="+", default=[64, 16], help="MLP: units of hidden layers")
-    add("--bias", action="store_true", help="MLP: give the layers biases")
-    drop_rate = "proportion of hidden units dropped while training, 0 to 0.99"
-    add("--drop_rate", type=number(float, 0, 0.99), default=0.0, help=drop_rate)
+    add("--grayscale", action="store_true", help="hide the colours, for an upper bound")
+    add(
+        "--hidden_dim",
+        type=number(int, 1),
+        nargs="+",
+        default=[64, 16],
+        help="MLP: units of each hidden layer",
+    )
+    add("--bias", action="store_true", help="MLP: add biases to the layers")
+    add(
+        "--drop_rate",
+        type=number(float, 0, 0.99),
+        default=0.0,
+        help="fraction of hidden units dropped during training, 0 to 0.99",
+    )
 
-    add("--eta", type=amount, default=0.05, help="groupDRO: step size η of the weights q")
-    reg_lambda = "IRM: weight λ of the penalty; from a few hundred up, logits stay near 0"
-    add("--reg_lambda", type=amount, default=50.0, help=reg_lambda)
-    adjustment = "Backdoor: fit with the log odds of each stratum, or balance labels in each"
-    add("--adjustment", default="offset", choices=("offset", "weights"), help=adjustment)
+    add("--eta", type=weight, default=0.05, help="groupDRO: step size η of the weights q")
+    add("--reg_lambda", type=weight, default=50.0, help="IRM: weight λ of the penalty")
+    add(
+        "--adjustment",
+        default="offset",
+        choices=("offset", "weights"),
+        help="Backdoor: fit with the log odds of each stratum, or balance the labels in it",
+    )
     return parser
 
 
-def parse_arguments(
-    description: str = "", arguments: list[str] | None = None
-) -> argparse.Namespace:
-    """The arguments of a command line that trains; says which of them have no effect."""
-    args = training_parser(description).parse_args(arguments)
-    warn_of_unused(args)
-    return args
-
-
-def parameters_of(*functions: Callable) -> set[str]:
-    """The names of all their parameters."""
-    return {name for made in functions for name in inspect.signature(made).parameters}
-
-
-def unused_flags(args: argparse.Namespace) -> set[str]:
-    """The flags of other trainers and networks than the chosen ones."""
-    of_any = parameters_of(*TRAINERS.values(), *NETWORKS.values())
-    used = parameters_of(train, TRAINERS[args.trainer], NETWORKS[args.network])
-    unused = of_any - used - set(NO_SETTINGS)
-    return {name for name in unused if hasattr(args, name)}  # other parameters have no flag
-
-
 def warn_of_unused(args: argparse.Namespace) -> None:
-    """Say which flags have no effect; UserError if one is given that can never have any."""
-    defaults = default_arguments()
-    parameters = parameters_of(train, *TRAINERS.values(), *NETWORKS.values())
-    parameters.update(NO_SETTINGS)
-    for name in defaults:
-        if name not in parameters and getattr(args, name) != defaults[name]:
-            raise UserError(f"--{name} has no effect: no trainer and no network has that parameter")
-    changed = [name for name in sorted(unused_flags(args)) if getattr(args, name) != defaults[name]]
-    if changed:
-        flags = ", ".join(f"--{name}" for name in changed)
-        warn(f"{flags}: {args.trainer} and {args.network} have no such setting; it changes nothing")
+    """Warn of training flags that are not the default and that nothing takes."""
+    used = {*model_arguments(args), "dataset_path", "no_cuda", "save_model"}
+    defaults = vars(training_parser().parse_args([]))
+    unused = [
+        f"--{name}"
+        for name, default in defaults.items()
+        if name not in used and getattr(args, name) != default
+    ]
+    if unused:
+        warn(
+            f"{', '.join(unused)} has no effect: "
+            f"{args.trainer} and {args.network} have no such parameter"
+        )
