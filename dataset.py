@@ -106,10 +106,9 @@ class Dataset(NamedTuple):
 
     def to(self, device: str | torch.device) -> "Dataset":
         """Return the same data on a device."""
+        validation = None if self.validation is None else self.validation.to(device)
         return self._replace(
-            training=self.training.to(device),
-            validation=self.validation and self.validation.to(device),
-            test=self.test.to(device),
+            training=self.training.to(device), validation=validation, test=self.test.to(device)
         )
 
     def hold_out(self, fraction: float) -> tuple[Samples, Samples | None]:
@@ -139,7 +138,7 @@ def load_data(dataset_path: str | Path = "data", seed: int = 1234) -> Dataset:
         UserError: the files are incomplete, corrupt or of another format
     """
     folder = Path(os.path.expanduser(dataset_path)) / "ColoredMNIST"
-    generated_now = generate_environments(folder.parent, seed=seed)
+    generate_environments(folder.parent, seed=seed)
     names = {path.stem for path in folder.glob("*.pt")}
     if names not in ({"train1", "train2", "test"}, {"train", "val", "test"}):
         raise UserError(
@@ -158,8 +157,6 @@ def load_data(dataset_path: str | Path = "data", seed: int = 1234) -> Dataset:
             f"Delete {folder} to generate the data again."
         )
     _, description, file_seed = files["test"]
-    if generated_now:
-        description += ", generated now"
     return Dataset(
         training, validation, samples["test"], folder, f"{folder}, {description}", file_seed
     )
@@ -190,7 +187,7 @@ def read_file(path: Path) -> tuple[Samples, str, int | None]:
     try:
         check_integrity(path)
         with torch.serialization.safe_globals([(StandIn, "PIL.Image.Image")]):
-            record = torch.load(path, weights_only=True)
+            record = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(record, dict):
             samples = read_generated(record, path.stem)
             seed = record["seed"]
@@ -280,7 +277,8 @@ def checked_samples(images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor
     for values in (labels, colors):
         if values.shape != (count,) or not set(values.tolist()) <= {0, 1}:
             raise ValueError("a label or a colour is not 0 or 1")
-    # Channel 0 is red, colour 1. So the channel with the number of the colour must be empty.
+    # Red, colour 1, is in channel 0, and green, colour 0, in channel 1. So the channel with the
+    # number of the colour must be empty.
     empty = images[torch.arange(count), colors.long()]
     if empty.any() or images[:, 2].any():
         raise ValueError("a digit is not in the channel of its colour")
@@ -310,7 +308,11 @@ class ColoredMNIST(torch.utils.data.Dataset):
         target_transform: Callable | None = None,
     ):
         data = load_data(root)
-        samples = data.training if data.validation is None else concatenate(data[:2])
+        samples = (
+            data.training
+            if data.validation is None
+            else concatenate([data.training, data.validation])
+        )
         if env == "test":
             samples = data.test
         elif env != "all_train":

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from dataset import Dataset, Samples, concatenate
-from metric import metrics
 from model import ERM, Network
 from preprocessing import UserError, number, run_command, warn
 from trainer import (
@@ -146,7 +145,7 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
 class CrossbarLayer(nn.Module):
     """A layer on a crossbar, with a fixed input range, computed tile by tile for a whole batch.
 
-    Everything that its outputs depend on is in buffers, so `state_dict` is complete, and inference
+    All values that determine the outputs are buffers. So `state_dict` is complete, and inference
     needs no MemTorch.
 
     Args:
@@ -259,8 +258,7 @@ def to_crossbar(
         adc_resolution: bits of the ADC of each tile, 2 to 16, None for exact currents
         r_on: lowest resistance of a device, ohms
         r_off: highest resistance of a device, ohms
-        max_input_voltage: input clipping limit, volts; it is 1.25 times the largest calibration
-            input
+        max_input_voltage: input clipping limit, volts (1.25 times the largest calibration input)
         lrs_proportion: fraction of devices stuck at r_on, 0 to 1
         hrs_proportion: fraction of devices stuck at r_off, 0 to 1; a device in both fractions is
             stuck at r_on
@@ -281,8 +279,7 @@ def to_crossbar(
     state_before = np.random.get_state()
     np.random.seed(fault_seed)  # MemTorch uses NumPy's global generator for stuck devices
     with torch.no_grad():
-        inputs = digital.channels(images.cpu()).clone()
-        digital_inputs = inputs.clone()
+        inputs = digital_inputs = digital.channels(images.cpu())
         for index, layer in enumerate(digital.phi):
             digital_outputs = layer(digital_inputs)
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -351,9 +348,9 @@ class StuckDevices(nn.Module):
     """A weight as a damaged crossbar has it, for training.
 
     A device stuck on adds or subtracts the largest weight of its layer, so the weights are limited.
-    A device stuck off removes its weight. In training mode, each call stucks random devices, up to
-    the given fractions. The gradient ignores limit and damage (straight-through), so all weights
-    continue to learn.
+    A device stuck off removes its weight. In training mode, each call draws two fractions, up to
+    `stuck_on` and `stuck_off`, and makes that many random devices stuck. The gradient ignores limit
+    and damage (straight-through), so all weights continue to learn.
 
     Args:
         limit: largest weight, in standard deviations of the layer's weights
@@ -375,6 +372,7 @@ class StuckDevices(nn.Module):
             draws = torch.rand_like(devices)
             devices[draws < on] = limit
             devices[draws > 1 - off] = 0
+        # The value is the damaged weight, the gradient is that of `weight`.
         return weight + (devices[0] - devices[1] - values)
 
 
@@ -389,9 +387,9 @@ def harden(
 ) -> Network:
     """Return a copy of a trained network that tolerates stuck devices.
 
-    Three ingredients, in the order of their effect: a limit on the weights, random stuck devices in
-    training (`StuckDevices`), and training by ERM on the network's own predictions, in both colours
-    (distillation, Hinton et al. 2015, arXiv:1503.02531). It takes `HARDENING` times as many
+    The weights are limited, which has the largest effect, and random devices are stuck during
+    training (`StuckDevices`). The network learns its own predictions, in both colours, by ERM
+    (distillation, Hinton et al. 2015, arXiv:1503.02531). This takes `HARDENING` times as many
     iterations as a training.
 
     Args:
@@ -433,7 +431,8 @@ def memristor_parser() -> argparse.ArgumentParser:
         "--load_model",
         type=os.path.expanduser,
         metavar="DIR",
-        help="folder of --save_model: load its networks instead of training",
+        help="folder of --save_model: load its networks instead of training; the flags that made "
+        "them replace those of the command line",
     )
     add(
         "--harden",
@@ -525,7 +524,10 @@ def use_arguments_of_model(args: argparse.Namespace, saved: argparse.Namespace) 
         ignored.append("--save_model")
         args.save_model = None
     if ignored:
-        warn(f"{', '.join(ignored)} has no effect with --load_model: no network is trained")
+        warn(
+            f"no effect of {', '.join(ignored)}: --load_model uses the values of the saved "
+            "networks. Leave it out."
+        )
 
 
 def load_repetitions(
@@ -541,11 +543,8 @@ def load_repetitions(
 
 def test_result(network: Network, test: Samples, name: str) -> dict[str, float]:
     """Return the test metrics and print them as a line of the log."""
-    logits = predict(network, test)
-    result = metrics(logits, test.labels)
+    result = evaluate(network, test)
     print(f"{name}: {result}", flush=True)
-    if (logits > 0).unique().numel() == 1:
-        warn(f"{name}: the network predicts the same label for all test images")
     return result
 
 

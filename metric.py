@@ -88,7 +88,7 @@ def read_log(path: str) -> Log:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     lines = text.strip().splitlines() or [""]
-    number = r"([\d.e-]+)"
+    number = r"(\d+\.\d+(?:e-\d+)?)"
     summary = re.match(
         rf"Summary: {{'Accuracy_testmean': {number}, 'Accuracy_teststd': {number},", lines[-1]
     )
@@ -120,7 +120,8 @@ def main() -> None:
         name = log.trainer + (" on the crossbar" if log.on_crossbar else "")
         accuracy = f"{100 * log.accuracy:.2f} % ± {100 * log.deviation:.2f} %"
         print(f"{name:<24}{accuracy:<22}{'-' if log.points is None else log.points}")
-        points[log.trainer] = log.points or 0
+        if log.points is not None:
+            points[log.trainer] = log.points
     print(f"{'together, at most 20':<46}{min(20, sum(points.values()))}", flush=True)
     if failed:
         sys.exit(1)

@@ -159,8 +159,8 @@ class GroupDRO(Loss):
 
     The assignment's algorithm is the minibatch form of Algorithm 1 of Sagawa et al. 2019
     (arXiv:1911.08731), which samples one group per step. q starts uniform. Each step sets
-    q_e ← q_e exp(η L_e), renormalises q, and minimises Σ q_e L_e with q held constant. If a
-    minibatch lacks an environment, only the renormalisation changes the environment's q_e.
+    q_e ← q_e exp(η L_e), renormalises q, and minimises Σ q_e L_e with q held constant. An
+    environment that is not in the minibatch keeps its q_e until the renormalisation.
 
     Args:
         eta: step size η of the weights q
@@ -188,9 +188,9 @@ class IRM(Loss):
     w = 1. Here w is the network's `output_layer`. The gradient cannot be computed under
     `torch.no_grad`.
 
-    The penalty is also 0 for Φ = 0. With n samples of an environment in a minibatch, a λ above
-    about n/2 makes Φ = 0 a trap, because the square of the minibatch's gradient is biased by its
-    variance. For what IRMv1 does not guarantee, see Kamath et al. 2021 (arXiv:2101.01134).
+    The penalty is also 0 for Φ = 0. The squared gradient of a minibatch exceeds, on average, the
+    square of the mean gradient by its variance. With n samples of each environment and λ above
+    about n/2, this bias pulls Φ to 0. Kamath et al. 2021 (arXiv:2101.01134) show where IRMv1 fails.
 
     Args:
         reg_lambda: weight λ of the penalty

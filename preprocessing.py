@@ -162,8 +162,8 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
 def replacing(path: Path) -> Iterator[Path]:
     """Write a file or a folder completely or not at all.
 
-    Yield `path`.tmp. What the caller writes there replaces `path` at the end. A lock keeps other
-    runs out, and the next run deletes a leftover of a killed run.
+    Yield `path`.tmp, which the caller writes. At the end it replaces `path`. A lock keeps other
+    runs out. The next run deletes the leftover of a killed run.
 
     Raises:
         UserError: it cannot be written

@@ -5,6 +5,7 @@
 #   SEED=2024                 in place of the seed below
 #   PYTHON=/path/to/python    use this Python as it is, instead of .venv
 set -eu
+trap 'exit 130' INT # Ctrl-C
 CDPATH='' cd -- "$(dirname -- "$0")"
 
 seed=1234 # the last four digits of your student ID; no spaces around =
@@ -31,19 +32,19 @@ install_packages() {
     cp requirements.txt .venv/installed.txt
 }
 
-# MemTorch has no ready build, and it asks for a withdrawn name of scikit-learn. A cached build may
-# be for another torch.
+# MemTorch must be compiled. It requires the withdrawn package `sklearn`, hence --no-deps. The cache
+# of pip may have a build for another torch.
 install_memtorch() { # fails if MemTorch cannot be imported in the end
     "$python" -c 'import memtorch' 2>/dev/null && return
     [ -z "${PYTHON:-}" ] || return
-    say "building MemTorch: 2 to 5 minutes"
+    say "building MemTorch: 2 to 5 minutes (it needs g++; Debian, Ubuntu: apt install g++ python3-dev)"
     PATH=$PWD/.venv/bin:$PATH "$python" -m pip install --force-reinstall \
         --no-deps --no-build-isolation --no-cache-dir memtorch-cpu==1.1.6 &&
         "$python" -c 'import memtorch'
 }
 
 if command -v flock >/dev/null; then # one run at a time
-    exec 9<run.sh
+    exec 9>>run.sh # nothing is written to it
     flock -n 9 || { say "waiting for another run to end"; flock 9; }
 fi
 unset PIP_TARGET PIP_PREFIX # pip must install into .venv
@@ -56,9 +57,10 @@ fi
 crossbar=yes
 if [ ! -e memristor.py ]; then
     crossbar=no
+    say "memristor.py is missing. The crossbar is left out."
 elif ! install_memtorch; then
     crossbar=no
-    say "MemTorch cannot be imported, so there is no crossbar (Debian, Ubuntu: apt install g++ python3-dev)"
+    say "MemTorch cannot be imported. The crossbar is left out."
 fi
 
 if [ "${1:-}" = test ]; then

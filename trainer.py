@@ -4,7 +4,6 @@ import argparse
 import inspect
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,7 +54,7 @@ def train(
     Raises:
         UserError: the objective is not one finite number, or the loss has parameters
     """
-    if any(True for _ in loss.parameters()):
+    if list(loss.parameters()):
         raise UserError("A loss cannot have trainable parameters. Use register_buffer for state.")
     network.to(training.images.device).train()
     loss.to(training.images.device).train()
@@ -157,8 +156,8 @@ def start_log(args: argparse.Namespace) -> Dataset:
             pass
     if data.seed not in (None, args.seed):
         warn(
-            f"seed {args.seed} trains on data of seed {data.seed}. To generate data with this "
-            f"seed: rm -r {shlex.quote(str(data.folder.resolve()))}"
+            f"seed {args.seed} trains on data of seed {data.seed}. "
+            f"Delete {data.folder} to generate data with this seed."
         )
     return data
 
@@ -273,7 +272,7 @@ def load_model(path: str | Path) -> tuple[Network, Loss, argparse.Namespace]:
         arguments = saved["arguments"]
         args.trainer, args.network = arguments["trainer"], arguments["network"]
         for name in model_arguments(args):
-            setattr(args, name, arguments.get(name, getattr(args, name)))
+            setattr(args, name, arguments[name])
         args.seed, args.repetitions = int(args.seed), int(args.repetitions)
         args.validation = float(args.validation)
         network, loss = build(args)
@@ -328,7 +327,7 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--grayscale", action="store_true", help="hide the colours, for an upper bound")
     add(
         "--hidden_dim",
-        type=number(int, 1),
+        type=number(int, 1, 10**4),
         nargs="+",
         default=[64, 16],
         help="MLP: units of each hidden layer",
@@ -353,7 +352,7 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
-    """Warn of training flags that are not the default and that nothing takes."""
+    """Warn of changed flags that neither `train` nor the chosen classes accept."""
     used = {*model_arguments(args), "dataset_path", "no_cuda", "save_model"}
     defaults = vars(training_parser().parse_args([]))
     unused = [
@@ -363,6 +362,6 @@ def warn_of_unused(args: argparse.Namespace) -> None:
     ]
     if unused:
         warn(
-            f"{', '.join(unused)} has no effect: "
-            f"{args.trainer} and {args.network} have no such parameter"
+            f"no effect of {', '.join(unused)}: "
+            f"{args.trainer} and {args.network} do not have this parameter. Leave it out."
         )
