@@ -2,61 +2,53 @@
 
 python benchmarks/curves.py
 
-The first repetition of each; the weights are those of the moment. In train1 and train2 the samples
-that were held out are tested. More flags are passed on to exp-mnist.py.
+Trains the first repetition of each trainer. In train1 and train2 it tests the validation samples.
+More flags are passed on to exp-mnist.py.
 """
 
 from jobs import (
-    check_writable,
     fresh_data,
+    print_table,
     run_jobs,
     save_figure,
     script_parser,
-    training_flags,
+    training_arguments,
+    watch_training,
 )
 from matplotlib.figure import Figure
 
+from dataset import Samples
+from model import Network
 from preprocessing import ENVIRONMENTS, UserError, number, run_command
 from register import TRAINERS
-from trainer import (
-    Watched,
-    evaluate,
-    repetitions,
-    train,
-    training_parser,
-    training_settings,
-)
+from trainer import evaluate
 
 
-def curves(trainer: str, every: int, options: tuple[str, ...]) -> list[list[float]]:
-    """Points of [iteration, accuracy in train1, in train2 and in test, in %]."""
-    args = training_parser().parse_args(["--trainer", trainer, *options])
-    args.evaluation_steps = args.iteration + 1  # no figures for a log that nobody reads
-    data, points = fresh_data(args.seed), []
-    _, network, loss, training, held_out = next(repetitions(args, data))
-    tested = [held_out[held_out.envs == 0], held_out[held_out.envs == 1], data.test]
-    if not all(map(len, tested)):
-        raise UserError("no samples of an environment are held out: raise --validation")
+def curve(trainer: str, seed: int, every: int, flags: str) -> list[tuple[float, ...]]:
+    """Return points of (iteration, accuracy in train1, in train2, in test), in %."""
+    args = training_arguments(f"{trainer} {flags}")
+    args.seed, args.evaluation_steps = seed, every
+    data, points = fresh_data(seed), []
 
-    def note(iteration: int) -> None:
-        accuracies = [100 * evaluate(network, samples)["Accuracy"] for samples in tested]
-        points.append([iteration, *accuracies])
+    def watch(network: Network, validation: Samples, iteration: int) -> None:
+        parts = [validation[validation.envs == env] for env in (0, 1)]
+        accuracies = [100 * evaluate(network, part)["Accuracy"] for part in (*parts, data.test)]
+        points.append((iteration, *accuracies))
 
-    train(network, Watched(loss, every, note), training, **training_settings(args))
-    note(args.iteration)
+    watch_training(args, data, 1, watch)
     return points
 
 
-def draw(results: dict[str, list[list[float]]]) -> Figure:
-    """A panel for each trainer; in each a line for each environment."""
+def draw(curves: dict[str, list[tuple[float, ...]]]) -> Figure:
+    """Draw a panel for each trainer, with a line for each environment."""
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     figure.suptitle(
-        "Accuracy in each environment after so many iterations of one training "
-        "(train1, train2: on the samples that were held out)",
+        "Accuracy in each environment over the iterations of one training "
+        "(train1, train2: validation samples)",
         fontsize=10,
     )
-    axes = figure.subplots(1, len(results), sharey=True)
-    for axis, (trainer, points) in zip(axes, results.items(), strict=True):
+    axes = figure.subplots(1, len(curves), sharey=True)
+    for axis, (trainer, points) in zip(axes, curves.items(), strict=True):
         iterations, *accuracies = zip(*points, strict=True)
         for name, values, style in zip(ENVIRONMENTS, accuracies, ("--", ":", "-"), strict=True):
             axis.plot(iterations, values, style, label=name)
@@ -70,22 +62,30 @@ def draw(results: dict[str, list[list[float]]]) -> Figure:
 
 def main() -> None:
     parser = script_parser(__doc__, "curves.png")
-    every = "iterations between two points (default: 10)"
-    parser.add_argument("--every", type=number(int, 1), default=10, help=every)
-    args, options = parser.parse_known_args()
-    ours = ("trainer", "dataset_path", "repetitions", "save_model")
-    training = training_flags(options, *ours)
-    if training.validation == 0:
-        raise UserError("--validation 0: the curves need samples that are held out")
-    check_writable(args.figure)
-    jobs = [(trainer, args.every, tuple(options)) for trainer in TRAINERS]
-    finished = dict(run_jobs(curves, jobs, args.scheduler))
-    results = {job[0]: finished[job] for job in jobs}
-    print(f"| after the last iteration | {', % | '.join(ENVIRONMENTS)}, % |\n" + "| --- " * 4 + "|")
-    for trainer, points in results.items():
-        _, *last = points[-1]
-        print(f"| {trainer} | {' | '.join(f'{value:.1f}' for value in last)} |")
-    save_figure(draw(results), args.figure)
+    add = parser.add_argument
+    add("--seed", type=number(int, 0), default=1234, help="default: 1234")
+    add(
+        "--every",
+        type=number(int, 1),
+        default=10,
+        help="iterations between two points (default: 10)",
+    )
+    args, words = parser.parse_known_args()
+    flags = " ".join(words)
+    for trainer in TRAINERS:
+        if training_arguments(f"{trainer} {flags}").validation == 0:
+            raise UserError("The curves need validation samples. Leave out --validation 0.")
+    jobs = {trainer: (trainer, args.seed, args.every, flags) for trainer in TRAINERS}
+    finished = dict(run_jobs(curve, jobs, args.scheduler))
+    curves = {trainer: finished[trainer] for trainer in jobs}
+    print_table(
+        ["trainer", "iterations", *(f"{name}, %" for name in ENVIRONMENTS)],
+        [
+            [trainer, points[-1][0], *(f"{value:.1f}" for value in points[-1][1:])]
+            for trainer, points in curves.items()
+        ],
+    )
+    save_figure(draw(curves), args.figure)
 
 
 if __name__ == "__main__":

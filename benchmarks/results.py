@@ -1,137 +1,148 @@
-"""The table of results, in Markdown: each trainer to the letter of the assignment, and steady.
+"""Table of results, in Markdown: any flags of exp-mnist.py, over seeds.
 
 python benchmarks/results.py
 python benchmarks/results.py --seeds $(seq 40000 40009)
+python benchmarks/results.py --rows IRM "VREx --beta 30" "IRM --iteration 1200" --seeds 0 1 2 3 4
 
-The first is what `OMP_NUM_THREADS=1 python exp-mnist.py --no_cuda`, with a row's flags, prints:
-three repetitions of seed 1234, mean and population standard deviation. The second trains once with
-each seed, on that seed's own draw of the data; these are no student numbers. The CNN takes long:
-only the first seed trains it, to the letter. More flags are passed on to exp-mnist.py. Seconds are
-those that the training takes of one core.
+A row is a trainer and more flags of exp-mnist.py. Each seed generates its own data. A seed has one
+training, or three without --seeds, or as many as --repetitions in a row says. A training gives the
+same numbers as `OMP_NUM_THREADS=1 python exp-mnist.py --no_cuda` with the same flags. The table has
+the mean and the population standard deviation of a training. Unseen digits are a test environment
+of MNIST's own test digits. Seconds are CPU seconds of a training on one core. Two trainers are only
+here, as controls: ERM_train2 and groupDRO_groups.
 """
 
-from collections import Counter
+import time
 from statistics import fmean, pstdev
 
-from jobs import Table, commit, experiment, run_jobs, script_parser, training_flags
+import torch
+from jobs import Table, fresh_data, print_table, script_parser, select, training_arguments
+from torch import Tensor
 
-from dataset import unseen_samples
+from dataset import Batch, unseen_samples
 from metric import group_accuracies, metrics
-from preprocessing import number, run_command
-from trainer import evaluate, parse_arguments, predict
+from model import GroupDRO, Loss, Network
+from preprocessing import P_E, P_F, number, run_command
+from register import TRAINERS
+from trainer import evaluate, predict, train_repetition
 
-CNN = "Backdoor --network CNN"
-ROWS = (
-    "ERM",
-    "groupDRO",
-    "IRM",
-    "Backdoor",
-    "Backdoor --adjustment weights",
-    CNN,
-    "ERM --grayscale",
-    "Backdoor --grayscale",
-)
-PROTOCOLS = {"letter": (), "steady": ("--steady",)}
-FIGURES = ("test", "unseen", "worst_group", "auc", "f1_macro", "flip_rate", "seconds")
-COLUMNS = {"row": str, "protocol": str, "flags": str, "seed": int, "repetition": int}
-COLUMNS |= dict.fromkeys(FIGURES, float) | {"commit": str}
+ROWS = ("ERM", "groupDRO", "IRM", "Backdoor", "Backdoor --adjustment weights", "ERM --grayscale")
+METRICS = ("test", "unseen", "worst_group", "auc", "f1_macro", "flip_rate", "seconds")
+COLUMNS = {"data": str, "row": str, "seed": int, "repetition": int} | dict.fromkeys(METRICS, float)
 
 
-def measure(*arguments: str) -> list[list[float]]:
-    """The `FIGURES` of each repetition; seconds are those of a core in training."""
-    unseen, results = unseen_samples(), []
-    for trained in experiment(list(arguments)):
-        network, test = trained.network, trained.data.test
-        logits, recolored = predict(network, test), predict(network, test.recolored())
-        scores = metrics(logits, test.labels)
-        figures = {
-            "test": scores["Accuracy"],
-            "unseen": evaluate(network, unseen)["Accuracy"],
-            "worst_group": min(group_accuracies(logits, test.labels, test.colors).values()),
-            "auc": scores["AUC"],
-            "f1_macro": scores["F1_macro"],
-            "flip_rate": ((logits > 0) != (recolored > 0)).double().mean().item(),
-            "seconds": trained.seconds,
-        }
-        results.append([figures[name] for name in FIGURES])
-    return results
+class ERMOnTrain2(Loss):
+    """ERM on the minibatch's samples of train2 alone."""
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        return self.losses(network(batch.images), batch)[batch.envs == 1].mean()
 
 
-def compute(
-    table: Table, wanted: list[tuple], options: list[str], repetitions: int, scheduler: str | None
-) -> None:
-    """Add to the table what it lacks of the wanted (row, protocol, seed)."""
-    flags = " ".join(options)
-    known = Counter((row["row"], row["protocol"], row["flags"], row["seed"]) for row in table.rows)
-    jobs, missing = {}, 0
-    for row, protocol, seed in wanted:
-        key = (row, protocol, flags, seed)
-        if known[key] < repetitions:
-            missing += repetitions - known[key]
-            more = ("--seed", str(seed), "--repetitions", str(repetitions), *options)
-            jobs["--trainer", *row.split(), *PROTOCOLS[protocol], *more] = key
-    table.expect(len(table.rows) + missing)
-    of_commit = commit()
-    for job, results in run_jobs(measure, list(jobs), scheduler):
-        rows = []
-        for repetition, figures in enumerate(results, 1):
-            if repetition > known[jobs[job]]:
-                values = (*jobs[job], repetition, *figures, of_commit)
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-        table.add(rows)
+class GroupDROOverGroups(GroupDRO):
+    """Group DRO over the four groups of a label and a colour instead of the two environments."""
+
+    def __init__(self, eta: float = 0.05):
+        super().__init__(eta)
+        self.q = torch.full((4,), 0.25)
+
+    def forward(self, network: Network, batch: Batch) -> Tensor:
+        groups = 2 * batch.labels.long() + batch.colors
+        return super().forward(network, batch._replace(envs=groups))
+
+
+# Workers import this module, so they know the two controls as well.
+TRAINERS |= {"ERM_train2": ERMOnTrain2, "groupDRO_groups": GroupDROOverGroups}
+
+
+def measure(
+    row: str,
+    seed: int,
+    repetition: int,
+    p_f: float = P_F,
+    p_e: tuple[float, float, float] = P_E,
+) -> list[tuple[float, ...]]:
+    """Train one repetition and test it. Return one row of the values of `METRICS`.
+
+    Args:
+        row: a trainer and more flags of exp-mnist.py
+        seed: of the data and the training
+        repetition: 1, 2 ...
+        p_f: probability of flipping a label
+        p_e: probability that the colour differs from the label, in train1, train2 and test
+    """
+    args = training_arguments(row)
+    args.seed = seed
+    data = fresh_data(seed, p_f=p_f, p_e=p_e)
+    start = time.process_time()
+    network, *_ = train_repetition(args, data, repetition, report=lambda step: None)
+    seconds = time.process_time() - start
+    test = data.test
+    logits, recolored = predict(network, test), predict(network, test.recolored())
+    result = metrics(logits, test.labels)
+    unseen = evaluate(network, unseen_samples(p_f, p_e[2]))["Accuracy"]
+    worst_group = min(group_accuracies(logits, test.labels, test.colors).values())
+    flip_rate = ((logits > 0) != (recolored > 0)).double().mean().item()
+    scores = (result["AUC"], result["F1_macro"])
+    return [(result["Accuracy"], unseen, worst_group, *scores, flip_rate, seconds)]
 
 
 def report(rows: list[dict]) -> None:
-    print(
-        "| trainer | protocol | trainings | test, % | unseen digits, % | worst group, % | AUC | "
-        "macro F1 | flip rate | seconds of a training |"
-    )
-    print("| --- " * 10 + "|")
-    for name in ROWS:
-        for protocol in PROTOCOLS:
-            found = [row for row in rows if (row["row"], row["protocol"]) == (name, protocol)]
-            if found:
-                trainer, _, flags = name.partition(" ")
-                cells = [f"{trainer}, `{flags}`" if flags else trainer, protocol, str(len(found))]
-                for figure in ("test", "unseen", "worst_group"):
-                    values = [100 * row[figure] for row in found]
-                    cells.append(f"{fmean(values):.1f} ± {pstdev(values):.1f}")
-                for figure in ("auc", "f1_macro", "flip_rate"):
-                    cells.append(f"{fmean(row[figure] for row in found):.3f}")
-                cells.append(f"{fmean(row['seconds'] for row in found):.1f}")
-                print(f"| {' | '.join(cells)} |")
+    """Print a Markdown table, one line for each row of flags."""
+    titles = ["row", "trainings", "test, %", "unseen digits, %", "worst group, %"]
+    titles += ["AUC", "macro F1", "flip rate", "seconds"]
+    lines = []
+    for name in dict.fromkeys(row["row"] for row in rows):
+        trainings = select(rows, row=name)
+        trainer, *flags = name.split(maxsplit=1)
+        line = [trainer + (f", `{flags[0]}`" if flags else ""), len(trainings)]
+        for metric in ("test", "unseen", "worst_group"):
+            values = [100 * training[metric] for training in trainings]
+            line.append(f"{fmean(values):.1f} ± {pstdev(values):.1f}")
+        for metric in ("auc", "f1_macro", "flip_rate"):
+            line.append(f"{fmean(training[metric] for training in trainings):.3f}")
+        line.append(f"{fmean(training['seconds'] for training in trainings):.1f}")
+        lines.append(line)
+    print_table(titles, lines)
 
 
 def main() -> None:
     parser = script_parser(__doc__, table="results.csv")
-    add, seed = parser.add_argument, number(int, 0, 2**32 - 1)
-    add("--seeds", type=seed, nargs="+", help="train once with each of these")
-    add("--rows", nargs="+", choices=ROWS, default=ROWS, metavar="ROW", help=f"of {ROWS}")
-    protocols = "default: both"
-    add("--protocols", nargs="+", choices=PROTOCOLS, default=list(PROTOCOLS), help=protocols)
-    args, options = parser.parse_known_args()
-    ours = {"trainer", "steady", "dataset_path", "seed", "repetitions", "save_model"}
-    for row in args.rows:
-        ours |= {word.removeprefix("--") for word in row.split() if word.startswith("--")}
-    training_flags(options, *ours)
-    for row in args.rows:
-        parse_arguments("", ["--trainer", *row.split(), *options])  # says what has no effect
-    seeds = list(dict.fromkeys(args.seeds or [1234]))
-    repetitions = 1 if args.seeds else 3
-    wanted = []
-    for number_of_seed, seed in enumerate(seeds):
-        for row in ROWS:
-            for protocol in PROTOCOLS:
-                left_out = row == CNN and (number_of_seed > 0 or protocol != "letter")
-                if row in args.rows and protocol in args.protocols and not left_out:
-                    wanted.append((row, protocol, seed))
+    add, probability = parser.add_argument, number(float, 0, 1)
+    add(
+        "--rows",
+        nargs="+",
+        default=ROWS,
+        metavar="ROW",
+        help='trainer and flags, such as IRM "IRM --iteration 1200" (default: six rows)',
+    )
+    add("--seeds", type=number(int, 0), nargs="+", help="default: 1234, with three trainings")
+    add("--p_f", type=probability, default=P_F, help=f"as in preprocessing.py (default: {P_F})")
+    add(
+        "--p_e",
+        type=probability,
+        nargs=3,
+        default=P_E,
+        help=f"as in preprocessing.py (default: {P_E})",
+    )
+    args = parser.parse_args()
     table = Table(args.table, COLUMNS, args.resume)
-    compute(table, wanted, options, repetitions, args.scheduler)
-    print(f"Table: {args.table}\n")
-    if options:
-        print(f"With {' '.join(options)}:\n")
-    rows = [row for row in table.rows if row["flags"] == " ".join(options)]
-    report([row for row in rows if row["seed"] in seeds and row["repetition"] <= repetitions])
+    p_f, p_e = args.p_f, tuple(args.p_e)
+    data = f"p_f {p_f}, p_e {' '.join(map(str, p_e))}"
+    rows = {}  # row → its trainings of each seed
+    for row in map(str.strip, args.rows):
+        training = training_arguments(row)
+        given = "--repetitions" in row
+        rows[row] = training.repetitions if given or not args.seeds else 1
+    jobs = {
+        (data, row, seed, repetition): (row, seed, repetition, p_f, p_e)
+        for seed in args.seeds or [1234]
+        for row, repetitions in rows.items()
+        for repetition in range(1, repetitions + 1)
+    }
+    table.fill(measure, jobs, args.scheduler)
+    by_key = {tuple(row.values())[:4]: row for row in table.rows}
+    print(f"Table: {args.table}\nData: {data}\n")
+    report([by_key[key] for key in jobs])
 
 
 if __name__ == "__main__":

@@ -1,41 +1,43 @@
-"""What broken hardware costs, and what hardening saves: the crossbar's tables and figure.
+"""Accuracy on damaged crossbars, of plain and hardened networks.
 
 python benchmarks/robustness.py
+python benchmarks/robustness.py --trainers Backdoor groupDRO --seeds 1234 40000
 
-For each trainer: three repetitions, plain and hardened, digital and on crossbars in every condition
-below, five patterns of it where it is random. Prints accuracy in the test environment, and what is
-lost of it; draws the first trainer's accuracy over each kind of damage. More flags, such as
---network CNN, are passed on to exp-mnist.py.
+Tests each network on its own and on crossbars in every condition below, with five patterns of a
+random one. Hardening is also tried with one of its ingredients alone: the limit on the weights, or
+the stuck devices in training. Prints the accuracy in the test environment and the loss against the
+same network without a crossbar. Draws the first trainer. More flags are passed on to exp-mnist.py.
 """
 
+import math
 import textwrap
 from statistics import fmean
 
 from jobs import (
     Table,
-    check_writable,
-    commit,
-    experiment,
-    run_jobs,
+    fresh_data,
+    print_table,
     save_figure,
     script_parser,
-    training_flags,
+    select,
+    training_arguments,
 )
 from matplotlib.figure import Figure
+from torch import Tensor
 
 import memristor
+from model import Network
 from preprocessing import number, run_command
 from register import TRAINERS
-from trainer import build, evaluate, training_parser, training_settings
+from trainer import arguments_of, build, evaluate, seed_repetition, train, train_repetition
 
-CONDITIONS = {
-    "crossbar": {},
-    "10 % on": {"lrs_proportion": 0.1},
-    "20 % on": {"lrs_proportion": 0.2},
-    "50 % off": {"hrs_proportion": 0.5},
+CONDITIONS = {"crossbar": {}}
+CONDITIONS |= {f"{percent} % on": {"lrs_proportion": percent / 100} for percent in (10, 20, 30)}
+CONDITIONS |= {f"{percent} % off": {"hrs_proportion": percent / 100} for percent in (25, 50)}
+CONDITIONS |= {f"{states} states": {"conductance_states": states} for states in (2, 4, 8)}
+CONDITIONS |= {f"{bits}-bit ADCs": {"adc_resolution": bits} for bits in (2, 4, 6)}
+CONDITIONS |= {
     "10 % on, 10 % off": {"lrs_proportion": 0.1, "hrs_proportion": 0.1},
-    "1-bit devices": {"conductance_states": 2},
-    "2-bit ADCs": {"adc_resolution": 2},
     "r_off / r_on = 10": {"r_off": 1.4e5},
     "variability 0.5": {"device_variability": 0.5},
     "all at once": {
@@ -46,176 +48,127 @@ CONDITIONS = {
         "adc_resolution": 4,
     },
 }
-RANDOM = ("lrs_proportion", "hrs_proportion", "device_variability")
-CURVES = {
-    "lrs_proportion": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3),
-    "hrs_proportion": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
-    "conductance_states": (2, 3, 4, 8, 16),
-    "adc_resolution": (2, 3, 4, 5, 6, 8),
+RANDOM = {"lrs_proportion", "hrs_proportion", "device_variability"}
+PATTERNS = 5  # of each random condition
+PRINTED = ("crossbar", "10 % on", "20 % on", "50 % off", "10 % on, 10 % off", "2 states")
+PRINTED += ("2-bit ADCs", "r_off / r_on = 10", "variability 0.5", "all at once")
+# Title of each panel → positions on its axis and conditions. Strings stand at equal distances.
+PANELS = {
+    "devices stuck on, %": {0: "crossbar"} | {n: f"{n} % on" for n in (10, 20, 30)},
+    "devices stuck off, %": {0: "crossbar"} | {n: f"{n} % off" for n in (25, 50)},
+    "conductance states of a device": {str(n): f"{n} states" for n in (2, 4, 8)},
+    "ADC resolution, bits": {str(n): f"{n}-bit ADCs" for n in (2, 4, 6)} | {"8": "crossbar"},
 }
-LABELS = {
-    "lrs_proportion": "devices stuck on, %",
-    "hrs_proportion": "devices stuck off, %",
-    "conductance_states": "conductance states of a device",
-    "adc_resolution": "ADC resolution, bits",
+# Kind of network → arguments of `memristor.harden`.
+KINDS = {
+    "plain": None,
+    "hardened": {},
+    "limit only": {"stuck_on": 0.0, "stuck_off": 0.0},
+    "faults only": {"limit": math.inf},
 }
-KINDS = {"plain": "tab:orange", "hardened": "tab:blue"}
-COLUMNS = {"trainer": str, "flags": str, "kind": str, "repetition": int}
-COLUMNS |= {"condition": str, "pattern": int, "accuracy": float, "commit": str}
+DRAWN = {"plain": "tab:orange", "hardened": "tab:blue"}
+TAKEN_APART = ("Backdoor", "groupDRO")  # trainers with all kinds, others have the first two
+COLUMNS = {"trainer": str, "flags": str, "kind": str, "seed": int, "repetition": int}
+COLUMNS |= {"condition": str, "pattern": int, "accuracy": float, "current": float}
 
 
-def accuracies(
-    options: tuple[str, ...], kind: str, repetition: int, patterns: int, settings: tuple
-) -> list[tuple]:
-    """(condition, pattern, test accuracy) of one network: digital, then with each of the settings.
+def measure(
+    trainer: str, flags: str, kind: str, seed: int, repetition: int
+) -> list[tuple[str, int, float, float]]:
+    """Train a network and test it in every condition.
 
-    Args:
-        options: arguments as those of exp-mnist.py
-        kind: "plain" or "hardened"
-        repetition: which one
-        patterns: of each random condition; others have one
-        settings: (condition, ((argument of `to_crossbar`, value), ...)) of each condition
+    Returns:
+        rows of (condition, pattern, test accuracy, current); the current is the summed conductance
+        of layer 1 on an undamaged crossbar, as a multiple of the plain network's
     """
-    args = training_parser().parse_args(options)
-    (trained,) = experiment(list(options), only=repetition)
-    network, test = trained.network, trained.data.test
-    if kind == "hardened":
-        memristor.seed_repetition(args, repetition)
-        network = memristor.harden(network, trained.training, **training_settings(args))
-    images = memristor.calibration_images(trained.training)
-    measured = [("digital", 0, evaluate(network, test)["Accuracy"])]
-    for condition, of_devices in settings:
-        of_devices = dict(of_devices)
-        for pattern in range(patterns_of(of_devices, patterns)):
-            crossbar = memristor.to_crossbar(network, images, fault_seed=pattern, **of_devices)
-            measured.append((condition, pattern, evaluate(crossbar, test)["Accuracy"]))
-    return measured
+    args = training_arguments(f"{trainer} {flags}")
+    args.seed = seed
+    data = fresh_data(seed)
+    plain, _, training, _ = train_repetition(args, data, repetition, report=lambda step: None)
+    images = memristor.calibration_images(training)
+    network = plain
+    if kind != "plain":
+        seed_repetition(args, repetition)
+        network = memristor.harden(plain, training, **KINDS[kind], **arguments_of(train, args))
+    current = conductance(network, images) / conductance(plain, images)
+    rows = [("digital", 0, evaluate(network, data.test)["Accuracy"], current)]
+    for condition, settings in CONDITIONS.items():
+        for pattern in range(PATTERNS if RANDOM & settings.keys() else 1):
+            crossbar = memristor.to_crossbar(network, images, fault_seed=pattern, **settings)
+            accuracy = evaluate(crossbar, data.test)["Accuracy"]
+            rows.append((condition, pattern, accuracy, current))
+    return rows
 
 
-def patterns_of(settings: dict, patterns: int) -> int:
-    return patterns if any(settings.get(name) for name in RANDOM) else 1
+def conductance(network: Network, images: Tensor) -> float:
+    """Return the summed conductance of layer 1 on an undamaged crossbar, in siemens."""
+    layers = memristor.to_crossbar(network, images).phi
+    first = next(layer for layer in layers if isinstance(layer, memristor.CrossbarLayer))
+    return first.conductances.sum().item()
 
 
-def curve_settings(options: list[str]) -> dict[str, dict]:
-    """Name of a condition → settings, of every point of the curves of these options."""
-    return {f"{option} {value}": {option: value} for option in options for value in CURVES[option]}
+def accuracies(rows: list[dict], **values: object) -> list[float]:
+    """Return the accuracy, in %, in the rows that have these values."""
+    return [100 * row["accuracy"] for row in select(rows, **values)]
 
 
-def compute(
-    table: Table,
-    networks: dict[tuple[str, str, int], dict],
-    options: list[str],
-    patterns: int,
-    scheduler: str | None,
-) -> None:
-    """Add to the table what it lacks.
-
-    Args:
-        table: the table
-        networks: (trainer, kind, repetition) → {condition: settings} to test it in
-        options: more arguments of exp-mnist.py
-        patterns: of each random condition
-        scheduler: address of a Dask cluster, whose workers then do the work
-    """
-    flags, key = " ".join(options), list(COLUMNS)[:-2]
-    known = {tuple(row[name] for name in key) for row in table.rows}
-    jobs, expected = {}, set(known)
-    for (trainer, kind, repetition), conditions in networks.items():
-        row, lacking = (trainer, flags, kind, repetition), []
-        for condition, settings in {"digital": {}, **conditions}.items():
-            rows = {(*row, condition, n) for n in range(patterns_of(settings, patterns))}
-            expected |= rows
-            if not rows <= known and condition != "digital":
-                lacking.append((condition, tuple(settings.items())))
-        if lacking or (*row, "digital", 0) not in known:
-            arguments = ("--trainer", trainer, *options)
-            jobs[arguments, kind, repetition, patterns, tuple(lacking)] = row
-    table.expect(len(expected))
-    of_commit = commit()
-    for job, measured in run_jobs(accuracies, list(jobs), scheduler):
-        rows = []
-        for condition, pattern, accuracy in measured:
-            values = (*jobs[job], condition, pattern, accuracy, of_commit)
-            if values[: len(key)] not in known:
-                rows.append(dict(zip(COLUMNS, values, strict=True)))
-        table.add(rows)
-
-
-def select(rows: list[dict], trainer: str, kind: str, condition: str) -> list[float]:
-    """Accuracy of each repetition and pattern, in %."""
-    wanted = (trainer, kind, condition)
-    return [
-        100 * row["accuracy"]
-        for row in rows
-        if (row["trainer"], row["kind"], row["condition"]) == wanted
-    ]
-
-
-def losses(rows: list[dict], trainer: str, kind: str, condition: str) -> list[float]:
-    """What each repetition and pattern loses of the digital accuracy of its network, in points."""
+def losses(rows: list[dict], condition: str) -> list[float]:
+    """Return the points that each crossbar of a condition loses against its own network."""
     lost = []
-    for repetition in {row["repetition"] for row in rows}:
-        of_one = [row for row in rows if row["repetition"] == repetition]
-        digital = select(of_one, trainer, kind, "digital")
-        for accuracy in select(of_one, trainer, kind, condition):
-            lost.append(digital[0] - accuracy)
+    for digital in select(rows, condition="digital"):
+        network = {name: digital[name] for name in ("seed", "repetition")}
+        for accuracy in accuracies(rows, condition=condition, **network):
+            lost.append(100 * digital["accuracy"] - accuracy)
     return lost
 
 
-def report(rows: list[dict], trainers: list[str], conditions: list[str]) -> None:
-    """Print a table of accuracies, and one of what is lost against the digital network."""
-    print("Accuracy in the test environment, %: mean (the worst of all repetitions and patterns)\n")
-    print(f"| trainer | training | digital | {' | '.join(conditions)} |")
-    print("| --- " * (3 + len(conditions)) + "|")
-    for trainer in trainers:
+def report(rows: list[dict]) -> None:
+    """Print a table of accuracies and currents, and a table of losses."""
+    results, points = [], []
+    for trainer in dict.fromkeys(row["trainer"] for row in rows):
         for kind in KINDS:
-            cells = [trainer, kind, f"{fmean(select(rows, trainer, kind, 'digital')):.1f}"]
-            for condition in conditions:
-                values = select(rows, trainer, kind, condition)
-                cells.append(f"{fmean(values):.1f} ({min(values):.1f})")
-            print(f"| {' | '.join(cells)} |")
-    print("\nPoints lost against the same network's digital result: mean (the most)\n")
-    print(f"| trainer | training | {' | '.join(conditions)} |")
-    print("| --- " * (2 + len(conditions)) + "|")
-    for trainer in trainers:
-        for kind in KINDS:
-            cells = [trainer, kind]
-            for condition in conditions:
-                values = losses(rows, trainer, kind, condition)
-                cells.append(f"{fmean(values):.1f} ({max(values):.1f})")
-            print(f"| {' | '.join(cells)} |")
+            networks = select(rows, trainer=trainer, kind=kind)
+            if not networks:
+                continue
+            result = [trainer, kind, f"{fmean(row['current'] for row in networks):.1f}"]
+            result.append(f"{fmean(accuracies(networks, condition='digital')):.1f}")
+            lost = [trainer, kind]
+            for condition in PRINTED:
+                values = accuracies(networks, condition=condition)
+                result.append(f"{fmean(values):.1f} ({min(values):.1f})")
+                values = losses(networks, condition)
+                lost.append(f"{fmean(values):.1f} ({max(values):.1f})")
+            results.append(result)
+            points.append(lost)
+    print("Accuracy in the test environment, %: mean (the worst of all networks and patterns)\n")
+    print_table(["trainer", "network", "current of layer 1", "digital", *PRINTED], results)
+    print("\nPoints lost against the same network without a crossbar: mean (the most)\n")
+    print_table(["trainer", "network", *PRINTED], points)
 
 
-def draw(rows: list[dict], trainer: str, options: list[str]) -> Figure:
-    """A panel for each kind of damage."""
-    repetitions = len({row["repetition"] for row in rows})
-    trainings = "1 training" if repetitions == 1 else f"{repetitions} trainings"
-    patterns = len({row["pattern"] for row in rows})
-    width = 3 * len(options) + 0.6  # inches
-    figure = Figure(figsize=(width, 4), layout="constrained")
+def draw(rows: list[dict]) -> Figure:
+    """Draw a panel for each kind of damage, for the rows of one trainer."""
+    trainings = len(select(rows, kind="plain", condition="digital"))
+    figure = Figure(figsize=(12.6, 4), layout="constrained")
     caption = (
-        f"{trainer} on crossbars with defects. Points: the mean of {trainings} "
-        f"with {patterns} patterns of broken devices where they are stuck. Bands: from the worst "
-        "of these to the best. Dashed: the same networks, digital. Dotted: chance."
+        f"{rows[0]['trainer']} on damaged crossbars. Points: the mean of {trainings} trainings, "
+        f"each with {PATTERNS} patterns of stuck devices. Bands: from the worst to the best of "
+        "these. Dashed: the same networks, digital. Dotted: chance."
     )
-    figure.suptitle(textwrap.fill(caption, int(12 * width)), fontsize=10)
-    axes = figure.subplots(1, len(options), sharey=True, squeeze=False)[0]
-    for axis, option in zip(axes, options, strict=True):
-        values = CURVES[option]
-        if isinstance(values[0], int):  # bits and states: at equal distances
-            shown = range(len(values))
-            axis.set_xticks(shown, values)
-        else:
-            shown = [100 * value for value in values]
-        for kind, color in KINDS.items():
-            found = [select(rows, trainer, kind, f"{option} {value}") for value in values]
-            axis.plot(shown, [fmean(each) for each in found], "o-", color=color, label=kind)
-            worst, best = [min(each) for each in found], [max(each) for each in found]
-            axis.fill_between(shown, worst, best, color=color, alpha=0.25)
-            digital = fmean(select(rows, trainer, kind, "digital"))
+    figure.suptitle(textwrap.fill(caption, 150), fontsize=10)
+    axes = figure.subplots(1, len(PANELS), sharey=True)
+    for axis, (title, panel) in zip(axes, PANELS.items(), strict=True):
+        for kind, color in DRAWN.items():
+            networks = select(rows, kind=kind)
+            values = [accuracies(networks, condition=name) for name in panel.values()]
+            positions = list(panel)
+            axis.plot(positions, list(map(fmean, values)), "o-", color=color, label=kind)
+            worst, best = list(map(min, values)), list(map(max, values))
+            axis.fill_between(positions, worst, best, color=color, alpha=0.25)
+            digital = fmean(accuracies(networks, condition="digital"))
             axis.axhline(digital, color=color, linestyle="--", linewidth=1)
         axis.axhline(50, color="gray", linestyle=":", linewidth=1)
-        axis.set_xlabel(LABELS[option])
+        axis.set_xlabel(title)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy in the test environment, %")
     axes[-1].legend(loc="lower left")
@@ -224,38 +177,26 @@ def draw(rows: list[dict], trainer: str, options: list[str]) -> Figure:
 
 def main() -> None:
     parser = script_parser(__doc__, "robustness.png", "robustness.csv")
-    add, names = parser.add_argument, list(CONDITIONS)
-    trainers = "default: Backdoor groupDRO IRM"
+    add = parser.add_argument
     three = ["Backdoor", "groupDRO", "IRM"]
-    add("--trainers", nargs="+", choices=TRAINERS, default=three, help=trainers)
-    which = f"columns of the table; default: all, {names}".replace("%", "%%")
-    add("--conditions", nargs="+", default=names, choices=names, metavar="NAME", help=which)
-    panels = "panels of the figure, of the first trainer; default: all; none: no figure"
-    add("--curves", nargs="*", default=list(CURVES), choices=CURVES, help=panels)
-    add("--repetitions", type=number(int, 1), default=3, help="default: 3")
-    patterns = "of each random condition; default: 5"
-    add("--patterns", type=number(int, 1), default=5, help=patterns)
-    args, options = parser.parse_known_args()
-    memristor.check_devices(r_on=1, r_off=2)  # whether there is MemTorch at all
-    network, _ = build(training_flags(options, "trainer", "dataset_path", "save_model"))
-    memristor.check_network(network)
-    if args.curves:
-        check_writable(args.figure)
-    networks = {}
+    add("--trainers", nargs="+", choices=TRAINERS, default=three, help=f"default: {three}")
+    add("--seeds", type=number(int, 0), nargs="+", default=[1234], help="default: 1234")
+    args, words = parser.parse_known_args()
+    memristor.check_devices(r_on=1, r_off=2)  # ends here if MemTorch is missing
+    flags, jobs = " ".join(words), []
     for trainer in args.trainers:
-        conditions = {name: CONDITIONS[name] for name in args.conditions}
-        if trainer == args.trainers[0]:
-            conditions |= curve_settings(args.curves)
-        for kind in KINDS:
-            for repetition in range(1, args.repetitions + 1):
-                networks[trainer, kind, repetition] = conditions
+        training = training_arguments(f"{trainer} {flags}")
+        memristor.check_network(build(training)[0])
+        for kind in KINDS if trainer in TAKEN_APART else DRAWN:
+            for seed in args.seeds:
+                for repetition in range(1, training.repetitions + 1):
+                    jobs.append((trainer, flags, kind, seed, repetition))
     table = Table(args.table, COLUMNS, args.resume)
-    compute(table, networks, options, args.patterns, args.scheduler)
+    table.fill(measure, {job: job for job in jobs}, args.scheduler)
     print(f"Table: {args.table}\n")
-    rows = [row for row in table.rows if row["flags"] == " ".join(options)]
-    report(rows, args.trainers, args.conditions)
-    if args.curves:
-        save_figure(draw(rows, args.trainers[0], args.curves), args.figure)
+    rows = [row for row in table.rows if tuple(row.values())[:5] in jobs]
+    report(rows)
+    save_figure(draw(select(rows, trainer=args.trainers[0])), args.figure)
 
 
 if __name__ == "__main__":
