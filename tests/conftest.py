@@ -1,7 +1,6 @@
-"""What the tests share: the project on the path, its commands as a user runs them, small data."""
+"""Fixtures and helpers of all tests: the project's commands and small data."""
 
 import contextlib
-import gc
 import importlib
 import io
 import os
@@ -11,46 +10,25 @@ from pathlib import Path
 
 import pytest
 
-# On busy cores torch's threads wait for each other: tests take ten times as long.
+# On busy cores torch's threads wait for each other, and tests take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# argparse breaks its lines by the terminal's width, and Python 3.14 colours them.
+# argparse wraps its lines at the terminal's width, and Python 3.14 colours them.
 os.environ |= {"COLUMNS": "100", "PYTHON_COLORS": "0"}
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
 import dataset  # noqa: E402
 import preprocessing  # noqa: E402
-from model import Network  # noqa: E402
-
-
-class Normalized(Network):
-    """A network of a user's own, with batch normalisation."""
-
-    def __init__(self, drop_rate: float = 0.0):
-        super().__init__(
-            nn.Sequential(
-                nn.Flatten(),
-                nn.Linear(1568, 64),
-                nn.BatchNorm1d(64),
-                nn.ReLU(),
-                nn.Dropout(drop_rate),
-                nn.Linear(64, 1),
-            )
-        )
 
 
 def require_memtorch():
-    """The module memtorch; without it the calling file's tests are skipped, and fail under CI.
-
-    What is tested on a crossbar would otherwise be left out without anybody's noticing.
-    """
+    """Return the module memtorch. Skip the calling file without it, or fail it under CI."""
     try:
         return importlib.import_module("memtorch")
     except ImportError as error:
-        reason = f"MemTorch can't be imported: {error}"
+        reason = f"MemTorch cannot be imported: {error}"
     if os.environ.get("CI"):
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason, allow_module_level=True)
@@ -58,9 +36,9 @@ def require_memtorch():
 
 @pytest.fixture(scope="session")
 def command():
-    """Run one of the project's scripts as a process; returns what subprocess.run does.
+    """Run one of the project's scripts as a process, and return the result of subprocess.run.
 
-    Nothing here hides a GPU: trainings whose figures are compared are told `--no_cuda`.
+    A GPU is used if there is one, so tests that compare results pass `--no_cuda`.
     """
 
     def run(*arguments, cwd=ROOT, **options):
@@ -73,9 +51,9 @@ def command():
 
 @pytest.fixture(scope="session")
 def in_process():
-    """Run one of the project's scripts in this process, which saves the seconds of its start.
+    """Run one of the project's scripts in this process, which saves its start of some seconds.
 
-    Takes and returns what `command` does; a fault of the script's own is raised.
+    It takes and returns the same as `command`. An exception of the script is raised.
     """
 
     def run(*arguments):
@@ -90,7 +68,6 @@ def in_process():
             status = end.code if isinstance(end.code, int) else 1
             err.write("" if isinstance(end.code, int) else f"{end.code}\n")
         finally:
-            gc.unfreeze()  # here Python does not end
             sys.argv = argv
         return subprocess.CompletedProcess(rest, status, out.getvalue(), err.getvalue())
 
@@ -99,33 +76,34 @@ def in_process():
 
 @pytest.fixture(scope="session")
 def dataset_path(tmp_path_factory):
-    """A folder with ColoredMNIST in it, drawn from the real digits, for reading only."""
+    """A folder that contains ColoredMNIST, generated from all digits with seed 7. Read only."""
     path = tmp_path_factory.mktemp("data")
-    preprocessing.draw_environments(path, seed=7)
+    preprocessing.generate_environments(path, seed=7)
     return path
 
 
 @pytest.fixture(scope="session")
 def data(dataset_path):
-    """What is in `dataset_path`, for reading only."""
-    return dataset.load_dataset(dataset_path)
+    """The data in `dataset_path`. Read only."""
+    return dataset.load_data(dataset_path, seed=7)
 
 
 @pytest.fixture(scope="session")
 def mnist():
+    """MNIST's training images and digits."""
     return preprocessing.load_mnist()
 
 
 @pytest.fixture(scope="session")
 def small_files(tmp_path_factory):
-    """A folder ColoredMNIST of the project's own form with 60 digits an environment."""
+    """A folder ColoredMNIST with 60 digits in each environment, generated with seed 3."""
     folder = tmp_path_factory.mktemp("small") / "ColoredMNIST"
-    preprocessing.draw_environments(folder.parent, sizes=(60, 60, 60), seed=3)
+    preprocessing.generate_environments(folder.parent, sizes=(60, 60, 60), seed=3)
     return folder
 
 
 def assert_one_line(result, *words, status=(1, 2)):
-    """The command failed as a user's mistake does: one line with these words, no traceback."""
+    """Assert that a command failed with one line that has these words, and no traceback."""
     assert result.returncode in status, (result.returncode, result.stderr)
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, result.stderr
@@ -134,7 +112,7 @@ def assert_one_line(result, *words, status=(1, 2)):
 
 
 def assert_refused(result, *words):
-    """argparse refused the arguments: its usage, then one line of error with these words."""
+    """Assert that argparse refused the arguments: its usage, then one line with these words."""
     assert result.returncode == 2 and result.stdout == "", (result.returncode, result.stderr)
     assert result.stderr.startswith("usage: ") and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
@@ -144,6 +122,6 @@ def assert_refused(result, *words):
 
 
 def same(ours, theirs):
-    """Whether two sets of samples are equal, bit for bit."""
+    """Return whether two `Samples` are equal, bit for bit."""
     pairs = zip(vars(ours).values(), vars(theirs).values(), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

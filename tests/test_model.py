@@ -1,4 +1,4 @@
-"""The losses against independent computations of their formulas, and the networks."""
+"""The losses against independent computations of their equations, and the networks."""
 
 import math
 
@@ -25,7 +25,7 @@ def random_batch(seed, size=96, environments=(0, 1)):
 
 
 class Given(nn.Module):
-    """What a loss needs of a network, with the logits of the batch given."""
+    """A network whose logits of the batch are given. They are its parameters."""
 
     def __init__(self, logits):
         super().__init__()
@@ -41,7 +41,7 @@ def given(seed, size=96):
 
 
 def environment_risks(logits, batch):
-    """R_0 and R_1: the mean of -log P(y) over an environment's samples."""
+    """Return L_0 and L_1: the mean of -log P(y) over an environment's samples."""
     p = torch.sigmoid(logits)
     losses = -(batch.labels * p.log() + (1 - batch.labels) * (1 - p).log())
     return [losses[batch.envs == e].mean() for e in (0, 1)]
@@ -54,12 +54,6 @@ def assert_same_gradients(objective, expected, parameters, **tolerance):
         assert one.abs().max() > 0 and torch.allclose(one, other, **tolerance)
 
 
-def test_loss_of_a_sample_is_cross_entropy():
-    batch, logits = random_batch(0), torch.randn(96)
-    losses = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
-    assert torch.allclose(Loss().losses(logits, batch), losses)
-
-
 def test_erm_is_the_mean_over_environments():
     batch, network = random_batch(0), MLP()
     logits = network(batch.images)
@@ -70,24 +64,23 @@ def test_erm_is_the_mean_over_environments():
 
 
 @pytest.mark.parametrize("reg_lambda", [50.0, 3.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_irm_is_equation_4(seed, reg_lambda):
-    """Whether ∂R_e(w · Φ)/∂w at w = 1 is had by autograd or as the mean of (σ(Φ) - y) Φ."""
-    torch.manual_seed(seed)
-    batch, network = random_batch(seed), MLP().double()
+def test_irm_is_equation_4(reg_lambda):
+    """∂L_e(w · Φ)/∂w at w = 1 is computed by autograd, and as the mean of (σ(Φ) - y) Φ."""
+    torch.manual_seed(0)
+    batch, network = random_batch(0), MLP().double()
     batch = batch._replace(images=batch.images.double(), labels=batch.labels.double())
     for parameter in network.phi.parameters():
-        parameter.data *= 3  # untrained logits are so small that the penalty says little
+        parameter.data *= 3  # the penalty of untrained logits is too small for a comparison
     phi = network.phi(batch.images).squeeze(1)
     w = torch.ones((), dtype=torch.float64, requires_grad=True)
     risks = environment_risks(w * phi, batch)
     by_autograd = [torch.autograd.grad(risk, w, create_graph=True)[0] for risk in risks]
-    each = (torch.sigmoid(phi) - batch.labels) * phi
-    closed = [each[batch.envs == e].mean() for e in (0, 1)]
+    slopes = (torch.sigmoid(phi) - batch.labels) * phi
+    closed_form = [slopes[batch.envs == e].mean() for e in (0, 1)]
     loss = IRM() if reg_lambda == 50.0 else IRM(reg_lambda)
     objective = loss(network, batch)
-    for slopes in (by_autograd, closed):
-        expected = sum(risks) / 2 + reg_lambda * sum(slope**2 for slope in slopes) / 2
+    for gradients in (by_autograd, closed_form):
+        expected = sum(risks) / 2 + reg_lambda * sum(one**2 for one in gradients) / 2
         assert torch.allclose(objective, expected, rtol=1e-9)
         assert objective > 1.02 * sum(risks) / 2
         parameters = list(network.phi.parameters())
@@ -95,7 +88,7 @@ def test_irm_is_equation_4(seed, reg_lambda):
 
 
 def test_group_dro_follows_algorithm_1():
-    """q is uniform at first, kept from step to step, and held constant in each."""
+    """q starts uniform, persists over steps, and is constant in each step's objective."""
     loss, q = GroupDRO(eta=0.3), [0.5, 0.5]
     assert loss.q.tolist() == q
     for step in range(5):
@@ -111,18 +104,18 @@ def test_group_dro_follows_algorithm_1():
     assert abs(q[0] - q[1]) > 0.01
 
 
-def test_group_dro_survives_a_huge_step():
+def test_group_dro_does_not_overflow():
     loss = GroupDRO(eta=1e6)
     for step in range(3):
         assert loss(Given(100 * torch.randn(96)), random_batch(step)).isfinite()
 
 
 @pytest.mark.parametrize("adjustment", ["offset", "weights"])
-def test_backdoor_on_minibatches(adjustment):
-    """Over the strata of colour and environment, with P(y | s) of all samples seen until then.
+def test_backdoor_counts_the_strata_in_minibatches(adjustment):
+    """P(y | s) is counted in all samples until this step, for strata of colour and environment.
 
-    "offset": cross entropy of σ(Φ + log odds of y in s). "weights": inverse propensities,
-    Σ P(s) E[loss / P(y | s)] / 2. Each count starts at a half, so that none is 0.
+    "offset" is the cross entropy of σ(Φ + log odds of y in s). "weights" is Σ P(s) E[loss /
+    P(y | s)] / 2. Each count starts at a half, so none is 0.
     """
     loss, seen = Backdoor(adjustment), []
     for step in range(3):
@@ -145,34 +138,39 @@ def test_backdoor_on_minibatches(adjustment):
         objective = loss(network, batch)
         assert torch.allclose(objective, expected)
         assert_same_gradients(objective, expected, [network.logits], rtol=1e-4, atol=1e-7)
-    assert loss.counts.sum() == 3 * 96 + 4
+    counts = [
+        [((envs == e) & (colors == z) & (labels == y)).sum() + 0.5 for y in (0, 1)]
+        for e in (0, 1)
+        for z in (0, 1)
+    ]
+    assert torch.equal(loss.counts, torch.tensor(counts))
 
 
 def population(of_each=1000):
-    """The exact population of train1: half of the digits of each class, flips 0.2 and 0.1.
+    """Return the exact population of train1: half of the digits of each class, flips 0.2 and 0.1.
 
-    A batch without sampling noise; in place of its images the class of each of its samples.
+    It has no sampling noise. In place of its images, the batch has the class of each digit.
     """
     rows = []
     for digit in (0, 1):
-        for flipped, p_label in ((0, 0.8), (1, 0.2)):
-            for mistaken, p_color in ((0, 0.9), (1, 0.1)):
-                label = digit ^ flipped
-                rows += [(digit, label, label ^ mistaken)] * round(of_each * p_label * p_color)
+        for label_flipped, p_label in ((0, 0.8), (1, 0.2)):
+            for color_flipped, p_color in ((0, 0.9), (1, 0.1)):
+                label = digit ^ label_flipped
+                rows += [(digit, label, label ^ color_flipped)] * round(of_each * p_label * p_color)
     digit, labels, colors = torch.tensor(rows).T
     assert len(digit) == 2 * of_each
     return Batch(digit, labels.float(), colors, torch.zeros_like(digit))
 
 
 class OfEachClass(Given):
-    """A logit for either class of digits."""
+    """A network with one logit for each class of digits."""
 
     def forward(self, images):
         return self.output_layer * self.logits[images]
 
 
 def fit(loss, batch):
-    """The logits of the two classes that minimise the loss."""
+    """Return the logits of the two classes that minimise the loss."""
     network = OfEachClass(torch.zeros(2))
     optimizer = torch.optim.LBFGS([network.logits], max_iter=50, line_search_fn="strong_wolfe")
 
@@ -187,10 +185,10 @@ def fit(loss, batch):
 
 
 def test_backdoor_adjustment_of_the_exact_population():
-    """P(y = 1 | do(x)) = Σ_z P(y = 1 | x, z) P(z), with what the population itself says of it."""
+    """The fit gives P(y = 1 | do(x)) = Σ_z P(y = 1 | x, z) P(z), computed from the population."""
     batch, expected = population(), []
     for x in (0, 1):
-        # P(y | x, z) ∝ P(y | x) P(z | y): the digit says nothing about the colour but by the label.
+        # P(y | x, z) ∝ P(y | x) P(z | y), because digit and colour are independent given the label.
         p_x = 0
         for z in (0, 1):
             odds = [
@@ -207,12 +205,12 @@ def test_backdoor_adjustment_of_the_exact_population():
     assert torch.allclose(loss.probability(logits), expected, atol=0.005)
     samples = logits[batch.images].view(2, -1)
     assert loss.probability(samples).shape == samples.shape
-    # What the digit alone says of the label, whatever the colour does with it.
+    # σ(Φ) is the probability of the label given the digit alone.
     assert torch.allclose(torch.sigmoid(logits), torch.tensor([0.2, 0.8]), atol=0.005)
 
 
-def test_probability_weighs_the_strata():
-    """By how many samples each has: three quarters here have log odds of 3, one quarter has 0."""
+def test_probability_weights_strata_by_their_samples():
+    """Three quarters of the samples have log odds of 3, one quarter has log odds of 0."""
     loss = Backdoor()
     counts = [[10.0, 10 * math.exp(3)], [0, 0], [0, 0], [0, 0]]
     counts[1] = [sum(counts[0]) / 6] * 2
@@ -223,7 +221,7 @@ def test_probability_weighs_the_strata():
 
 
 def test_balancing_gives_the_posterior_of_balanced_labels():
-    """Adjustment of the image given the label: 0.2 and 0.8, other probabilities, the same Φ."""
+    """It is the adjustment of the image given the label: 0.2 and 0.8, with the same Φ."""
     batch = population()
     logits = fit(Backdoor(adjustment="weights"), batch)
     assert torch.allclose(torch.sigmoid(logits), torch.tensor([0.2, 0.8]), atol=0.005)
@@ -231,21 +229,21 @@ def test_balancing_gives_the_posterior_of_balanced_labels():
 
 
 @pytest.mark.parametrize("make", ALL)
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
 @pytest.mark.parametrize("environments", [(0,), (1,), (0, 1)])
-def test_missing_groups_give_no_nan(make, size, environments):
-    """Neither in the objective nor in a gradient, of the logits or of the output layer."""
+def test_small_minibatches_give_no_nan(make, environments):
+    """Neither the objective nor a gradient is nan if environments or strata are missing."""
     loss = make()
     for seed in range(20):
-        network, batch = given(seed, size), random_batch(seed, size, environments)
-        objective = loss(network, batch)
-        assert objective.isfinite() and objective.shape == ()
-        objective.backward()
-        assert network.logits.grad.isfinite().all() and network.output_layer.grad.isfinite()
+        for size in (1, 2, 3, 7):
+            network, batch = given(seed, size), random_batch(seed, size, environments)
+            objective = loss(network, batch)
+            assert objective.isfinite() and objective.shape == ()
+            objective.backward()
+            assert network.logits.grad.isfinite().all() and network.output_layer.grad.isfinite()
 
 
 @pytest.mark.parametrize("present", [0, 1])
-def test_means_are_over_the_environments_that_a_minibatch_has(present):
+def test_means_are_over_the_environments_in_a_minibatch(present):
     batch, network = random_batch(0, environments=(present,)), given(0)
     risk = environment_risks(network.logits, batch)[present]
     slope = ((torch.sigmoid(network.logits) - batch.labels) * network.logits).mean()
@@ -254,56 +252,33 @@ def test_means_are_over_the_environments_that_a_minibatch_has(present):
     assert torch.allclose(ERM()(network, batch), risk)
     assert torch.allclose(IRM(7.0)(network, batch), risk + 7 * slope**2)
     loss, q = GroupDRO(eta=0.4), [0.5, 0.5]
-    for _ in range(2):  # q of the absent one is not multiplied
+    for _ in range(2):  # the q of the absent environment is renormalised only
         q[present] *= math.exp(0.4 * risk.item())
         q = [q_e / sum(q) for q_e in q]
         assert torch.allclose(loss(network, batch), q[present] * risk)
         assert torch.allclose(loss.q, torch.tensor(q))
-    both = random_batch(1)
-    assert Loss().present(both) == [0, 1]
 
 
 @pytest.mark.parametrize("make", ALL)
-def test_losses_of_two_trainings_are_separate(make):
-    """An instance keeps what it knows to itself."""
-    batch, other, network = random_batch(0), random_batch(1), given(0)
-    first, second = make(), make()
-    expected = first(network, batch)
-    make()(network, other)
-    assert torch.equal(second(network, batch), expected)
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_state_changes_in_training_mode_only(make):
-    loss, network = make(), given(0)
+def test_state_of_a_loss(make):
+    """It changes in training mode only, is saved and loaded, and moves with the loss."""
+    loss, loaded, network = make(), make(), given(0)
     before = {name: value.clone() for name, value in loss.state_dict().items()}
+    assert len(before) == isinstance(loss, (GroupDRO, Backdoor))
     loss.eval()
     loss(network, random_batch(0))
     assert all(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
     loss.train()
     loss(network, random_batch(0))
     assert not any(torch.equal(loss.state_dict()[name], value) for name, value in before.items())
-    assert len(before) == isinstance(loss, (GroupDRO, Backdoor))
-
-
-@pytest.mark.parametrize("make", ALL)
-def test_state_is_saved_loaded_and_moved(make):
-    """It stands in buffers, so a loaded loss goes on where the saved one stopped."""
-    loss, loaded, network = make(), make(), given(0)
-    loss(network, random_batch(0))
     loaded.load_state_dict(loss.state_dict())
     assert torch.equal(loaded(network, random_batch(1)), loss(network, random_batch(1)))
-    moved = loss.to("meta")  # the device that every machine has
+    moved = loss.to("meta")  # a device that every machine has
     assert all(value.is_meta for value in moved.state_dict().values())
 
 
-def test_a_loss_says_what_it_lacks():
-    with pytest.raises(NotImplementedError, match="forward"):
-        Loss()(given(0), random_batch(0))
-
-
 def test_mlp_is_the_assignments():
-    """On red and green: blue is 0 throughout."""
+    """Its inputs are red and green, because blue is always 0."""
     network = MLP()
     shapes = [tuple(p.shape) for p in network.phi.parameters()]
     assert shapes == [(64, 1568), (16, 64), (1, 16)]
@@ -324,50 +299,60 @@ def test_output_layer_is_one_and_multiplies_the_logit():
         assert torch.equal(network(images), 2 * logits)
 
 
-def test_settings_of_the_mlp():
+@pytest.mark.parametrize(("make", "units"), [(MLP, 16), (CNN, 64)])
+@pytest.mark.parametrize("grayscale", [False, True])
+def test_features_and_logits_compose_to_forward(make, units, grayscale):
+    """A loss on hidden features, such as CORAL, needs one pass only."""
+    network = make(grayscale=grayscale).eval()
+    images = torch.randn(5, 2, 28, 28)
+    features = network.features(images)
+    assert features.shape == (5, units) and (features >= 0).all()  # after ReLU
+    assert torch.equal(network.logits(features), network(images))
+    expected = features @ network.phi[-1].weight[0]
+    if network.phi[-1].bias is not None:
+        expected = expected + network.phi[-1].bias
+    assert torch.allclose(network(images), expected, atol=1e-6)
+
+
+def test_arguments_of_the_mlp():
     rich = MLP((8, 4, 2), bias=True, drop_rate=0.5, grayscale=True)
     linear = [layer for layer in rich.phi if isinstance(layer, nn.Linear)]
     assert [tuple(layer.weight.shape) for layer in linear] == [(8, 784), (4, 8), (2, 4), (1, 2)]
     assert all(layer.bias is not None for layer in linear)
     assert [layer.p for layer in rich.phi if isinstance(layer, nn.Dropout)] == [0.5] * 3
     assert rich(torch.randn(5, 2, 28, 28)).shape == (5,)
-    line = MLP(hidden_dim=())
-    assert [tuple(p.shape) for p in line.phi.parameters()] == [(1, 1568)]
+    no_hidden_layer = MLP(hidden_dim=())
+    assert [tuple(p.shape) for p in no_hidden_layer.phi.parameters()] == [(1, 1568)]
 
 
 def assert_equal_weights(network, layers):
-    """A network's layers have the weights of these, bit for bit."""
+    """Assert that a network's layers have the weights of these, bit for bit, without blue."""
     ours = [layer for layer in network.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
-    for layer, drawn in zip(ours, layers, strict=True):
-        assert torch.equal(layer.weight, drawn.weight[:, : layer.weight.shape[1]])
-        assert (layer.bias is None) == (drawn.bias is None)
-        assert layer.bias is None or torch.equal(layer.bias, drawn.bias)
+    for layer, initial in zip(ours, layers, strict=True):
+        assert torch.equal(layer.weight, initial.weight[:, : layer.weight.shape[1]])
+        assert (layer.bias is None) == (initial.bias is None)
+        assert layer.bias is None or torch.equal(layer.bias, initial.bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("grayscale", [False, True])
 def test_initial_weights_of_the_mlp_are_torchs(bias, grayscale):
-    """As `nn.Linear` draws them for RGB or, with the colours hidden, for one channel."""
+    """`nn.Linear` initialises the first layer for RGB or, with grayscale, for one channel."""
     inputs = 784 if grayscale else 2352
     torch.manual_seed(5)
     network = MLP(bias=bias, grayscale=grayscale)
     torch.manual_seed(5)
     shapes = ((inputs, 64), (64, 16), (16, 1))
     assert_equal_weights(network, [nn.Linear(*shape, bias) for shape in shapes])
-    first, *hidden, last = (layer for layer in network.phi if isinstance(layer, nn.Linear))
+    first = network.phi[1]
     assert first.in_features == first.weight.shape[1] == (784 if grayscale else 1568)
-    for layer, fan_in in ((first, inputs), *((layer, 64) for layer in hidden), (last, 16)):
-        bound = 1 / math.sqrt(fan_in)
-        assert (0.9 if layer is not last else 0.5) * bound < layer.weight.abs().max() <= bound
-        assert not bias or (0 < layer.bias.abs().max() <= bound)
-    assert first.weight.std().item() == pytest.approx(
-        1 / math.sqrt(3 * inputs), rel=0.02
-    )  # uniform
+    bound = 1 / math.sqrt(inputs)
+    assert 0.9 * bound < first.weight.abs().max() <= bound
 
 
 @pytest.mark.parametrize("grayscale", [False, True])
 def test_initial_weights_of_the_cnn_are_torchs(grayscale):
-    """Its first layer's as for three channels; for one with the colours hidden."""
+    """`nn.Conv2d` initialises the first layer for RGB or, with grayscale, for one channel."""
     channels = 1 if grayscale else 3
     torch.manual_seed(5)
     network = CNN(grayscale=grayscale)
@@ -376,11 +361,10 @@ def test_initial_weights_of_the_cnn_are_torchs(grayscale):
     assert_equal_weights(network, [*convolutions, nn.Linear(1024, 64), nn.Linear(64, 1)])
     first = network.phi[0]
     assert first.in_channels == first.weight.shape[1] == (1 if grayscale else 2)
-    assert first.weight.abs().max() <= 1 / math.sqrt(25 * channels)
 
 
 def test_cnn_is_the_course_projects():
-    """Convolutions with ReLU and pooling, 64 hidden units, one logit, in whichever order."""
+    """It has convolutions with ReLU and pooling, 64 hidden units and one logit."""
     network, images = CNN(0.3).eval(), torch.randn(3, 2, 28, 28)
     convolution, second = (layer for layer in network.phi if isinstance(layer, nn.Conv2d))
     hidden, last = (layer for layer in network.phi if isinstance(layer, nn.Linear))
@@ -402,7 +386,7 @@ def test_networks_take_rgb_or_red_and_green(make):
 
 @pytest.mark.parametrize("make", [MLP, CNN])
 def test_grayscale_hides_the_colours(make):
-    """The brighter channel is the digit's: its grey levels, whichever of the two it is in."""
+    """The brighter channel has the digit, whichever of the two it is."""
     network = make(grayscale=True).eval()
     images = torch.randn(9, 2, 28, 28)
     assert torch.equal(network(images.flip(1)), network(images))
@@ -413,7 +397,7 @@ def test_grayscale_hides_the_colours(make):
 
 
 class OnRGB(Network):
-    """The assignment's network to the letter: 2352 inputs, blue among them."""
+    """The assignment's network to the letter: 2352 inputs, including blue."""
 
     def __init__(self):
         layers = [nn.Flatten(), nn.Linear(2352, 64, False), nn.ReLU()]
@@ -424,8 +408,8 @@ class OnRGB(Network):
         return images
 
 
-def test_without_blue_it_is_the_same_training():
-    """Blue is constant 0: its weights change no logit, and get no gradient."""
+def test_training_without_blue_is_the_same():
+    """The weights of blue change no logit and get no gradient, because blue is always 0."""
     torch.manual_seed(0)
     small = MLP()
     torch.manual_seed(0)

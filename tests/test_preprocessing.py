@@ -1,13 +1,15 @@
-"""The environments that are drawn, and where their digits come from."""
+"""Generating the data: the environments, the command, and runs that end early or run at once."""
 
-import ast
-import functools
+import argparse
 import gzip
 import hashlib
-import http.server
-import inspect
+import os
+import resource
 import shutil
-import threading
+import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,122 +18,155 @@ import torch
 from conftest import ROOT, assert_one_line, assert_refused, same
 from torchvision.datasets import MNIST
 
-import dataset
 import preprocessing
-from dataset import ColoredMNIST, load_dataset, unseen_samples
-from preprocessing import UserError, color_digits, draw_environments, load_mnist
+from dataset import ColoredMNIST, load_data
+from preprocessing import (
+    ENVIRONMENTS,
+    UserError,
+    color_digits,
+    generate_environments,
+    load_mnist,
+    number,
+    replacing,
+)
+
+
+@pytest.fixture(scope="session")
+def small_mnist(tmp_path_factory):
+    """A folder with an mnist.npz of 300 training digits and 300 test digits."""
+    folder = tmp_path_factory.mktemp("mnist")
+    with np.load(ROOT / "data" / "mnist.npz") as archive:
+        np.savez(folder / "mnist.npz", **{key: archive[key][:300] for key in archive})
+    return folder
+
+
+@pytest.fixture
+def few_digits(small_mnist, monkeypatch):
+    """Generate data in this process from 300 digits, so that each environment has 100."""
+    monkeypatch.setattr(preprocessing, "DATA", small_mnist)
+
+
+def grey(samples):
+    """Return the grey levels of the digits."""
+    return samples.images.amax(1)
+
+
+def contents(path):
+    """Return the content of each file in a folder, locks excepted."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.suffix != ".lock"]
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+# The environments.
 
 
 def test_environments_follow_the_assignment(dataset_path, mnist):
     images, digits = mnist
-    for e, (name, p_e) in enumerate(
-        zip(("train1", "train2", "test"), (0.1, 0.4, 0.9), strict=True)
-    ):
+    for e, (name, p_e) in enumerate(zip(ENVIRONMENTS, (0.1, 0.4, 0.9), strict=True)):
         record = torch.load(dataset_path / "ColoredMNIST" / f"{name}.pt", weights_only=True)
         part = slice(20000 * e, 20000 * (e + 1))
         labels, colors, rgb = (record[key] for key in ("labels", "colors", "images"))
-        assert rgb.shape == (20000, 3, 28, 28) and rgb.dtype == torch.uint8
-        # Three standard deviations of a proportion among 20,000 are 0.011 at most.
+        assert rgb.shape == (20000, 3, 28, 28)
+        assert rgb.dtype == labels.dtype == colors.dtype == torch.uint8
+        # Three standard deviations of a fraction of 20,000 samples are at most 0.011.
         assert abs((labels != (digits[part] >= 5)).float().mean() - 0.2) < 0.011
         assert abs((colors != labels).float().mean() - p_e) < 0.011
-        assert torch.equal(rgb.sum(1, dtype=torch.uint8), images[part])
         red = colors == 1
         assert torch.equal(rgb[red, 0], images[part][red]) and not rgb[red, 1:].any()
-        assert torch.equal(rgb[~red, 1], images[part][~red]) and not rgb[~red, 0].any()
+        assert torch.equal(rgb[~red, 1], images[part][~red])
+        assert not rgb[~red, 0].any() and not rgb[~red, 2].any()
 
 
 @pytest.mark.parametrize(("p_f", "p_e"), [(0, 0), (1, 0), (0, 1)])
 def test_certain_flips(p_f, p_e):
-    record = color_digits(
-        torch.ones(10, 28, 28, dtype=torch.uint8), torch.arange(10), p_f, p_e, torch.Generator()
-    )
-    expected = (torch.arange(10) >= 5) ^ bool(p_f)
-    assert torch.equal(record["labels"].bool(), expected)
-    assert torch.equal(record["colors"].bool(), expected ^ bool(p_e))
-    for color, image in zip(record["colors"].tolist(), record["images"], strict=True):
-        assert image[1 - color].all() and not image[color].any() and not image[2].any()
-
-
-def grey(samples):
-    return samples.images.amax(1)
-
-
-def test_drawn_once_and_anew_when_deleted(tmp_path):
-    first = load_dataset(tmp_path, seed=1)
-    assert same(load_dataset(tmp_path, seed=2).test, first.test)
-    preprocessing.remove(tmp_path / "ColoredMNIST")
-    again = load_dataset(tmp_path, seed=2)
-    assert not torch.equal(again.test.labels, first.test.labels)
-    assert torch.equal(grey(again.test), grey(first.test))
+    images, digits = torch.ones(10, 28, 28, dtype=torch.uint8), torch.arange(10)
+    record = color_digits(images, digits, p_f, p_e, torch.Generator())
+    labels = (digits >= 5) ^ bool(p_f)
+    assert torch.equal(record["labels"].bool(), labels)
+    assert torch.equal(record["colors"].bool(), labels ^ bool(p_e))
 
 
 @pytest.mark.parametrize("shuffle_digits", [False, True])
-def test_same_seed_same_files(tmp_path, shuffle_digits):
-    folders = [tmp_path / name for name in ("first", "second", "third")]
-    for folder, seed in zip(folders, (4, 4, 5), strict=True):
-        draw_environments(folder, sizes=(30, 20, 10), seed=seed, shuffle_digits=shuffle_digits)
-    files = [(folder / "ColoredMNIST" / "train1.pt").read_bytes() for folder in folders]
-    assert files[0] == files[1] != files[2]
+def test_a_seed_always_gives_the_same_files(few_digits, tmp_path, shuffle_digits):
+    for name, seed in (("first", 4), ("second", 4), ("other", 5)):
+        generate_environments(tmp_path / name, seed=seed, shuffle_digits=shuffle_digits)
+    first, second, other = (contents(tmp_path / name) for name in ("first", "second", "other"))
+    assert first == second and len(first) == 3
+    assert all(first[name] != other[name] for name in first)
 
 
-def test_sizes_of_the_environments(in_process, tmp_path):
-    asked = ("--dataset_path", tmp_path, "--sizes", 30, 20, 10)
-    assert in_process("preprocessing.py", *asked).returncode == 0
-    data = load_dataset(tmp_path)
-    assert data.training.envs.bincount().tolist() == [30, 20] and len(data.test) == 10
-    digits = torch.cat([grey(data.training), grey(data.test)])
-    assert torch.equal(digits, load_mnist()[0][:60])
-    too_many = in_process("preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 6e4)
-    assert_refused(too_many, "--sizes")
-    too_many = in_process(
-        "preprocessing.py", "--dataset_path", tmp_path / "new", *asked[2:-1], 60000
-    )
-    assert_one_line(too_many, "--sizes", "60050")
-    assert not (tmp_path / "new").exists()
+def test_digits_are_in_the_order_of_mnist(few_digits, tmp_path):
+    images, _ = load_mnist()
+    for sizes, expected in ((None, (100, 100, 100)), ((30, 20, 10), (30, 20, 10))):
+        path = tmp_path / str(sizes)
+        generate_environments(path, sizes=sizes)
+        data = load_data(path)
+        assert (*data.training.envs.bincount().tolist(), len(data.test)) == expected
+        digits = torch.cat([grey(data.training), grey(data.test)])
+        assert torch.equal(digits, images[: sum(expected)])
 
 
-def test_shuffled_digits(in_process, tmp_path):
-    asked = ("--dataset_path", tmp_path, "--sizes", 40, 30, 10)
-    assert in_process("preprocessing.py", *asked, "--shuffle_digits").returncode == 0
-    data, images = load_dataset(tmp_path), load_mnist()[0]
-    assert "shuffle_digits true" in data.description
-    assert not torch.equal(grey(data.training), images[:70])
-    of_image = (grey(data.training).unsqueeze(1) == images[:70]).flatten(2).all(2)
-    assert of_image.sum(0).eq(1).all()  # each of the first 70 digits, once
-    assert of_image[:40, 40:].any()  # and some of them in the other environment
+def test_shuffled_digits_are_divided_between_both_training_environments(few_digits, tmp_path):
+    images, _ = load_mnist()
+    generate_environments(tmp_path, sizes=(40, 30, 10), shuffle_digits=True)
+    data = load_data(tmp_path)
+    is_digit = (grey(data.training).unsqueeze(1) == images[:70]).flatten(2).all(2)
+    assert is_digit.sum(0).eq(1).all()  # each of the first 70 digits, once
+    assert is_digit[:40, 40:].any()
     assert torch.equal(grey(data.test), images[70:80])
-    draw_environments(tmp_path / "other", seed=5, sizes=(40, 30, 10), shuffle_digits=True)
-    assert not torch.equal(grey(load_dataset(tmp_path / "other").training), grey(data.training))
 
 
-def test_command_draws_what_it_is_asked_for(in_process, tmp_path):
-    asked = ("--p_f", 0.25, "--p_e", 0.2, 0.1, 0.9, "--seed", 5, "--sizes", 2000, 2000, 2000)
-    result = in_process("preprocessing.py", "--dataset_path", tmp_path, *asked)
-    assert result.returncode == 0 and result.stderr == ""
-    assert str(tmp_path / "ColoredMNIST") in result.stdout
-    data = load_dataset(tmp_path)
-    drawn = "drawn with p_f 0.25, p_e [0.2, 0.1, 0.9], sizes [2000, 2000, 2000], "
-    assert f"{drawn}shuffle_digits false, seed 5" in data.description
-    flipped = (data.training.labels != (load_mnist()[1][:4000] >= 5)).float().mean()
-    assert abs(flipped - 0.25) < 0.03
-    # Three standard deviations of a proportion among 2000 are 0.034 at most.
-    agree = (data.training.colors == data.training.labels).float().split(2000)
-    assert abs(agree[0].mean() - 0.8) < 0.034 and abs(agree[1].mean() - 0.9) < 0.034
-    assert len(ColoredMNIST(tmp_path, "test")) == 2000  # whatever it was drawn with
-
-
-def test_command_refuses_to_draw_where_data_are(in_process, tmp_path):
-    asked = ("--dataset_path", tmp_path, "--sizes", 30, 20, 10)
-    assert in_process("preprocessing.py", *asked).returncode == 0
+def test_data_are_generated_once_and_again_when_deleted(few_digits, tmp_path):
+    first = load_data(tmp_path, seed=1)
     folder = tmp_path / "ColoredMNIST"
-    before = {path: path.read_bytes() for path in folder.iterdir()}
-    assert_one_line(in_process("preprocessing.py", *asked), folder, "is there", "delete it")
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
-    for path in folder.iterdir():  # one file of a user's own is enough
-        path.unlink()
-    (folder / "train1.pt").write_bytes(b"mine")
-    assert_one_line(in_process("preprocessing.py", *asked), folder, "delete it")
-    assert [path.read_bytes() for path in folder.iterdir()] == [b"mine"]
+    settings = f"{folder}, p_f 0.2, p_e [0.1, 0.4, 0.9], seed 1"
+    assert first.seed == 1 and first.description == settings
+    again = load_data(tmp_path, seed=2)
+    assert same(again.training, first.training) and same(again.test, first.test)
+    assert again.seed == 1 and again.description == settings
+    for file in folder.iterdir():
+        file.unlink()
+    other = load_data(tmp_path, seed=2)  # an empty folder counts as absent
+    assert other.seed == 2 and not torch.equal(other.test.labels, first.test.labels)
+
+
+# The command.
+
+
+def test_the_command_generates_with_its_flags(few_digits, in_process, tmp_path):
+    flags = ("--p_f", 1, "--p_e", 0, 1, 0, "--seed", 5)
+    result = in_process("preprocessing.py", "--dataset_path", tmp_path, *flags)
+    assert result.returncode == 0 and result.stderr == ""
+    assert result.stdout == f"Generated: {tmp_path / 'ColoredMNIST'}\n"
+    data = load_data(tmp_path)
+    assert data.description.endswith(", p_f 1.0, p_e [0.0, 1.0, 0.0], seed 5")
+    digits = load_mnist()[1]
+    assert torch.equal(data.training.labels, (digits[:200] < 5).float())
+    assert torch.equal(data.training.colors != data.training.labels, torch.arange(200) >= 100)
+    assert torch.equal(data.test.colors, data.test.labels.long())
+
+
+def test_the_command_has_the_defaults_of_the_function(few_digits, in_process, tmp_path):
+    assert in_process("preprocessing.py", "--dataset_path", tmp_path / "a").returncode == 0
+    assert generate_environments(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_the_command_refuses_an_existing_folder(in_process, tmp_path):
+    folder = tmp_path / "ColoredMNIST"
+    folder.mkdir()
+    (folder / "train1.pt").write_text("a file of the user")
+    result = in_process("preprocessing.py", "--dataset_path", tmp_path)
+    assert_one_line(result, f"{folder} exists. Delete it, or use another --dataset_path.")
+    assert contents(folder) == {"train1.pt": b"a file of the user"}
+
+
+def test_help_of_the_command(in_process):
+    result = in_process("preprocessing.py", "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    for flag in ("--dataset_path", "--p_f", "--p_e", "--seed"):
+        assert flag in result.stdout
+    assert "--sizes" not in result.stdout and "(default: (0.1, 0.4, 0.9))" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -140,299 +175,301 @@ def test_command_refuses_to_draw_where_data_are(in_process, tmp_path):
         (("--p_f", 1.1), ("--p_f", "from 0 to 1")),
         (("--p_e", 0.1, 0.4), ("--p_e",)),
         (("--p_e", 0.1, 0.4, "nan"), ("--p_e", "'nan'")),
-        (("--sizes", 1, 20, 20), ("--sizes", "whole number from 2")),
         (("--seed", -1), ("--seed",)),
         (("--seed", "x"), ("--seed", "'x'")),
         (("--trainer", "IRM"), ("--trainer",)),
     ],
 )
-def test_nonsense_is_refused(in_process, tmp_path, arguments, words):
+def test_invalid_arguments_are_refused(in_process, tmp_path, arguments, words):
     result = in_process("preprocessing.py", "--dataset_path", tmp_path / "new", *arguments)
     assert_refused(result, *words)
     assert not (tmp_path / "new").exists()
 
 
-def test_dataset_interface(dataset_path):
-    train2 = ColoredMNIST(root=dataset_path, env="train2")
-    image, target, color = train2[5]
-    assert len(train2) == 20000 and image.mode == "RGB" and image.size == (28, 28)
-    pixels = np.asarray(image)
-    assert pixels[..., 1 - color].any() and not pixels[..., color].any()
-    record = torch.load(dataset_path / "ColoredMNIST" / "train2.pt", weights_only=True)
-    assert np.array_equal(pixels, record["images"][5].movedim(0, 2).numpy())
-    assert (target, color) == (int(record["labels"][5]), int(record["colors"][5]))
-    from torchvision.transforms import ToTensor
-
-    changed = ColoredMNIST(dataset_path, "train2", ToTensor(), target_transform=lambda y: 10 + y)
-    tensor, changed_target, _ = changed[5]
-    assert tensor.shape == (3, 28, 28) and changed_target == 10 + target
-    assert len(ColoredMNIST(dataset_path, "all_train")) == 40000
-    with pytest.raises(ValueError, match="all_train"):
-        ColoredMNIST(dataset_path, "train3")
+def test_ranges_of_numbers():
+    for parse, accepted, refused in (
+        (number(int, 2, 5), ("2", "5"), ("1", "6", "2.0", "1e0", "x", "")),
+        (number(int, 0), ("0", "1000000000"), ("-1", "1000000001")),
+        (number(float, 0, 0.9), ("0", "9e-1", ".5"), ("-0.1", "0.91", "nan", "inf", "x")),
+    ):
+        for text in accepted:
+            assert parse(text) == float(text)
+        for text in refused:
+            with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a .*number"):
+                parse(text)
+    assert type(number(int, 0)("3")) is int and type(number(float, 0)("3")) is float
 
 
-def test_both_parts_of_mnist(mnist, tmp_path):
-    images, digits = mnist
-    assert images.shape == (60000, 28, 28) and digits.bincount().min() > 5000
-    unseen, unseen_digits = load_mnist("test")
-    assert unseen.shape == (10000, 28, 28) and unseen.dtype == torch.uint8
-    assert unseen_digits.shape == (10000,) and unseen_digits.bincount().min() > 800
+# The folder.
+
+
+@pytest.mark.parametrize("script", ["preprocessing.py", "exp-mnist.py"])
+def test_the_folder_itself_is_refused(in_process, small_files, script):
+    """Otherwise other data would be generated inside it."""
+    before = contents(small_files)
+    result = in_process(script, "--dataset_path", small_files)
+    fix = f"Pass the folder that contains it: --dataset_path {small_files.parent}"
+    assert_one_line(result, f"{small_files} is the folder ColoredMNIST itself. {fix}")
+    assert contents(small_files) == before
+
+
+def test_the_surrounding_folder_may_be_called_coloredmnist(few_digits, tmp_path):
+    """For example, a clone of the project may have this name."""
+    assert generate_environments(tmp_path / "ColoredMNIST")
+    assert len(load_data(tmp_path / "ColoredMNIST").test) == 100
+
+
+def test_paths_of_the_home_folder(few_digits, in_process, tmp_path, monkeypatch):
+    """bash does not expand ~ in --dataset_path=~/course."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = in_process("preprocessing.py", "--dataset_path=~/course")
+    folder = tmp_path / "course" / "ColoredMNIST"
+    assert result.stdout == f"Generated: {folder}\n" and len(contents(folder)) == 3
+    assert not generate_environments("~/course")
+    assert len(ColoredMNIST("~/course", "test")) == len(load_data("~/course").test) == 100
+
+
+def test_a_folder_with_other_files_is_refused(in_process, tmp_path):
+    folder = tmp_path / "ColoredMNIST"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    result = in_process("exp-mnist.py", "--dataset_path", tmp_path)
+    assert_one_line(result, f"{folder} must have", f"Delete {folder} to generate the data again")
+    assert contents(folder) == {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("script", ["preprocessing.py", "exp-mnist.py"])
+def test_a_file_in_place_of_the_folder_is_one_line(in_process, tmp_path, script):
+    (tmp_path / "ColoredMNIST").write_text("mine")
+    assert_one_line(in_process(script, "--dataset_path", tmp_path), tmp_path / "ColoredMNIST")
+    assert contents(tmp_path) == {"ColoredMNIST": b"mine"}
+
+
+def test_existing_data_are_read_without_writing(small_files, tmp_path):
+    """So that they can be in a read-only folder, also for root, who could write there."""
+    (tmp_path / "ColoredMNIST").symlink_to(small_files)
+    tmp_path.chmod(0o500)
+    assert len(load_data(tmp_path).test) == 60
+    assert [file.name for file in tmp_path.iterdir()] == ["ColoredMNIST"]
+
+
+# Runs that are killed, interrupted, or at the same time.
+
+
+def start(*arguments):
+    """Start Python in the project's folder."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Processes of a shell's background job ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def generate_until(count, path):
+    """Start preprocessing.py and return its process when it has begun `count` files."""
+    process = start("preprocessing.py", "--dataset_path", path)
+    partial = path / "ColoredMNIST.tmp"
+    while process.poll() is None:
+        if partial.exists() and len([*partial.glob("*.pt")]) >= count:
+            break
+        time.sleep(0.001)
+    return process
+
+
+def test_a_killed_run_leaves_complete_data_or_none(few_digits, tmp_path):
+    leftovers = 0
+    for count in (1, 2, 3):
+        path = tmp_path / str(count)
+        process = generate_until(count, path)
+        process.kill()
+        process.communicate()
+        leftovers += (path / "ColoredMNIST.tmp").exists()
+        data = load_data(path, seed=7)  # complete, or generated now from 300 digits
+        assert len(data.test) == (100 if data.seed == 7 else 20000)
+        assert not (path / "ColoredMNIST.tmp").exists()
+    assert leftovers > 0
+
+
+def test_ctrl_c_is_one_line(tmp_path):
+    process = generate_until(0, tmp_path)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate()
+    assert process.returncode == 130 and output == ("", "preprocessing.py: interrupted\n")
+    assert not (tmp_path / "ColoredMNIST").exists()
+
+
+def test_two_runs_at_once_generate_once(tmp_path):
+    code = "import dataset; print(dataset.load_data({!r}, seed={}).description)"
+    runs = [start("-c", code.format(str(tmp_path), seed)) for seed in (5, 6)]
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert outputs[0] == outputs[1] and "seed" in outputs[0][0] and not outputs[0][1]
+    assert len(contents(tmp_path)) == 3
+
+
+def test_leftovers_of_killed_runs_are_overwritten(tmp_path):
+    (tmp_path / "file.tmp").mkdir()
+    (tmp_path / "file.tmp" / "half").write_text("half")
+    with replacing(tmp_path / "file") as partial:
+        partial.write_text("whole")
+    (tmp_path / "folder.tmp").write_text("half")
+    with replacing(tmp_path / "folder") as partial:
+        partial.mkdir()
+        (partial / "file").write_text("whole")
+    assert contents(tmp_path) == {"file": b"whole", "folder/file": b"whole"}
+
+
+@pytest.mark.parametrize("error", [OSError("no"), ValueError("no"), KeyboardInterrupt()])
+def test_an_error_while_writing_keeps_the_old_file(tmp_path, error):
+    (tmp_path / "file").write_text("before")
+    expected = UserError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected), replacing(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise error
+    assert (tmp_path / "file").read_text() == "before"
+
+
+def test_many_writers_of_one_file(tmp_path):
+    def write(content):
+        with replacing(tmp_path / "file") as partial:
+            partial.write_text(str(content) * 1000)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(write, range(9)))  # raises an error of a thread
+    (content,) = contents(tmp_path).values()
+    assert content in [str(i).encode() * 1000 for i in range(9)]
+
+
+def test_a_full_disk_is_one_line(command, tmp_path):
+    """Here, a limit on the size of files stands for the full disk."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    result = command("preprocessing.py", "--dataset_path", tmp_path, preexec_fn=limit)
+    assert_one_line(result, f"cannot write {tmp_path / 'ColoredMNIST'}: File too large")
+    assert not (tmp_path / "ColoredMNIST").exists()
+
+
+def test_a_standard_output_that_cannot_be_written_is_one_line(command, tmp_path):
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        options = {"capture_output": False, "stdout": full, "stderr": subprocess.PIPE}
+        options |= {"env": buffered}
+        result = command("preprocessing.py", "--dataset_path", tmp_path, **options)
+    assert_one_line(result, "preprocessing.py: cannot write its output: No space left on device")
+
+
+# MNIST.
+
+
+def test_both_parts_of_mnist(mnist):
     with np.load(ROOT / "data" / "mnist.npz") as archive:
-        assert np.array_equal(unseen.numpy(), archive["x_test"])
+        for part, count, loaded in (
+            ("train", 60000, mnist),
+            ("test", 10000, load_mnist("test")),
+        ):
+            images, digits = loaded
+            assert images.shape == (count, 28, 28) and digits.shape == (count,)
+            assert images.dtype == digits.dtype == torch.uint8
+            assert np.array_equal(images.numpy(), archive[f"x_{part}"])
+            assert np.array_equal(digits.numpy(), archive[f"y_{part}"])
 
 
-def test_damaged_digits_are_named(tmp_path, monkeypatch):
+def test_a_corrupt_mnist_is_one_line(in_process, small_mnist, tmp_path, monkeypatch):
     monkeypatch.setattr(preprocessing, "DATA", tmp_path)
-    whole = (ROOT / "data" / "mnist.npz").read_bytes()
-    damaged = bytearray(whole)
-    damaged[len(whole) // 2] ^= 1
-    for content in (whole[: len(whole) // 2], damaged, b""):
+    whole = (small_mnist / "mnist.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 4] ^= 1
+    for content in (whole[: len(whole) // 2], flipped, b"", b"hello"):
         (tmp_path / "mnist.npz").write_bytes(content)
-        with pytest.raises(UserError, match="mnist.npz is damaged"):
-            load_dataset(tmp_path)
+        result = in_process("preprocessing.py", "--dataset_path", tmp_path)
+        assert_one_line(result, f"{tmp_path / 'mnist.npz'} is corrupt. Get it again")
     assert not (tmp_path / "ColoredMNIST").exists()
 
 
 RAW = {
-    "train-images-idx3-ubyte": ("x_train", 300),
-    "train-labels-idx1-ubyte": ("y_train", 300),
-    "t10k-images-idx3-ubyte": ("x_test", 200),
-    "t10k-labels-idx1-ubyte": ("y_test", 200),
+    "train-images-idx3-ubyte": "x_train",
+    "train-labels-idx1-ubyte": "y_train",
+    "t10k-images-idx3-ubyte": "x_test",
+    "t10k-labels-idx1-ubyte": "y_test",
 }
 
 
 @pytest.fixture(scope="session")
-def raw_files(tmp_path_factory):
-    """MNIST as it is published, in four files, of a few hundred digits, and packed by gzip."""
+def raw_files(small_mnist, tmp_path_factory):
+    """MNIST as it is published, in four files, here of 300 digits and compressed by gzip."""
     folder = tmp_path_factory.mktemp("raw")
-    with np.load(ROOT / "data" / "mnist.npz") as archive:
-        for name, (key, count) in RAW.items():
-            values = archive[key][:count]
-            header = bytes([0, 0, 8, values.ndim])  # 8 is for bytes
+    with np.load(small_mnist / "mnist.npz") as archive:
+        for name, key in RAW.items():
+            values = archive[key]
+            header = bytes([0, 0, 8, values.ndim])  # 8 stands for bytes
             header += b"".join(size.to_bytes(4, "big") for size in values.shape)
-            (folder / name).write_bytes(header + values.tobytes())
             (folder / f"{name}.gz").write_bytes(gzip.compress(header + values.tobytes(), 1))
     return folder
 
 
 @pytest.fixture
-def without_npz(tmp_path, monkeypatch):
-    """The project's folder data without mnist.npz, on a machine without a network."""
+def without_npz(raw_files, tmp_path, monkeypatch):
+    """A project's folder data that does not exist yet, and torchvision without a network."""
     monkeypatch.setattr(preprocessing, "DATA", tmp_path / "data")
-    monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nowhere").as_uri() + "/"])
+    sums = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in raw_files.iterdir()]
+    monkeypatch.setattr(MNIST, "resources", sums)
+    monkeypatch.setattr(MNIST, "mirrors", ["file:///nowhere/"])
     return tmp_path / "data"
 
 
-def assert_same_digits(part, key, count):
-    images, digits = load_mnist(part)
-    with np.load(ROOT / "data" / "mnist.npz") as archive:
-        assert np.array_equal(images.numpy(), archive[f"x_{key}"][:count])
-        assert np.array_equal(digits.numpy(), archive[f"y_{key}"][:count])
-    assert images.dtype == digits.dtype == torch.uint8
-
-
-def put(folder, raw_files, names=tuple(RAW)):
-    (folder / "MNIST" / "raw").mkdir(parents=True)
-    for name in names:
-        shutil.copy(raw_files / name, folder / "MNIST" / "raw")
-
-
-def test_mnists_own_files_are_read(without_npz, raw_files, in_process, tmp_path):
-    """Where there is no mnist.npz; the environments are the same, bit for bit."""
-    put(without_npz, raw_files)
-    assert_same_digits("train", "train", 300)
-    assert_same_digits("test", "test", 200)
-    asked = ("--sizes", 100, 100, 100, "--seed", 5)
-    assert in_process("preprocessing.py", "--dataset_path", tmp_path, *asked).returncode == 0
-    (without_npz / "mnist.npz").symlink_to(ROOT / "data" / "mnist.npz")
-    draw_environments(tmp_path / "again", sizes=(100, 100, 100), seed=5)
-    for name in ("train1.pt", "train2.pt", "test.pt"):
-        ours, theirs = tmp_path / "ColoredMNIST" / name, tmp_path / "again" / "ColoredMNIST" / name
-        assert ours.read_bytes() == theirs.read_bytes()
-
-
-@pytest.fixture
-def mirror(raw_files, monkeypatch):
-    """A server on this machine that has them, as torchvision's mirrors do."""
-
-    class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_): ...
-
-    handler = functools.partial(Silent, directory=raw_files)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def test_mnist_is_downloaded(without_npz, raw_files, mirror, monkeypatch, capsys):
-    """Once: into data/MNIST/raw, where it is read from then on."""
-    monkeypatch.setattr(MNIST, "mirrors", [mirror])
-    packed = [(f"{name}.gz", (raw_files / f"{name}.gz").read_bytes()) for name in RAW]
-    sums = [(name, hashlib.md5(content).hexdigest()) for name, content in packed]
-    monkeypatch.setattr(MNIST, "resources", sums)
-    assert_same_digits("test", "test", 200)
-    assert "Downloading MNIST" in capsys.readouterr().err
-    monkeypatch.setattr(MNIST, "mirrors", [])
-    assert_same_digits("train", "train", 300)
-    assert "Downloading" not in capsys.readouterr().err
-    raw = without_npz / "MNIST" / "raw"
-    assert {path.name.removesuffix(".gz") for path in raw.iterdir()} == set(RAW)
-    assert [path.name for path in raw.parent.iterdir()] == ["raw"]
-
-
-@pytest.mark.parametrize("there", [(), tuple(RAW)[:3], tuple(RAW)[1:]])
-def test_without_digits_one_line_says_what_to_do(
-    without_npz, raw_files, in_process, tmp_path, there
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_mnists_four_files_are_read_if_mnist_npz_is_missing(
+    without_npz, raw_files, small_mnist, unpacked
 ):
-    if there:
-        put(without_npz, raw_files, there)
-    result = in_process("exp-mnist.py", "--dataset_path", tmp_path / "new", "--no_cuda")
-    assert result.returncode == 1
-    *progress, line = result.stderr.splitlines()
-    assert progress == ["Downloading MNIST"]
-    for words in (without_npz / "mnist.npz", without_npz / "MNIST" / "raw", "put mnist.npz", ".pt"):
-        assert str(words) in line
-    assert not (tmp_path / "new" / "ColoredMNIST").exists()
-    left = [path.name for path in without_npz.rglob("*") if path.is_file()]
-    assert sorted(left) == sorted(there)
+    raw = without_npz / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in raw_files.iterdir():
+        if unpacked:
+            (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+        else:
+            shutil.copy(file, raw)
+    with np.load(small_mnist / "mnist.npz") as archive:
+        for part in ("train", "test"):
+            images, digits = load_mnist(part)
+            assert images.dtype == digits.dtype == torch.uint8
+            assert np.array_equal(images.numpy(), archive[f"x_{part}"])
+            assert np.array_equal(digits.numpy(), archive[f"y_{part}"])
 
 
-def test_a_download_that_breaks_off_is_not_called_a_full_disk(without_npz, monkeypatch, tmp_path):
-    class Reset(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.connection.close()
+def test_without_mnist_one_line_says_how_to_get_it(without_npz, raw_files, in_process, tmp_path):
+    raw = without_npz / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    path, fix = tmp_path / "new", f"Put mnist.npz into {without_npz}, or MNIST's four files into"
 
-        def log_message(self, *_): ...
+    def assert_explained():
+        result = in_process("exp-mnist.py", "--dataset_path", path, "--no_cuda")
+        assert_one_line(result, f"{without_npz / 'mnist.npz'} is missing", f"{fix} {raw}")
+        assert not (path / "ColoredMNIST").exists()
 
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Reset) as server:
-        threading.Thread(target=server.serve_forever).start()
-        monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-        with pytest.raises(UserError, match="downloaded") as error:
-            load_mnist()
-        server.shutdown()
-    assert "cannot write" not in str(error.value)
-
-
-def test_a_file_in_the_folders_place_stays(tmp_path):
-    (tmp_path / "ColoredMNIST").write_text("mine")
-    with pytest.raises(UserError, match="ColoredMNIST is a file"):
-        draw_environments(tmp_path, sizes=(30, 20, 10), seed=1)
-    assert [path.name for path in tmp_path.iterdir() if path.name != ".lock"] == ["ColoredMNIST"]
-    assert (tmp_path / "ColoredMNIST").read_text() == "mine"
+    assert_explained()
+    for file in raw_files.iterdir():
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    images = raw / "train-images-idx3-ubyte"
+    for corrupt in (images.read_bytes()[:1000], b"", b"\7" * 1000):
+        images.write_bytes(corrupt)
+        assert_explained()
+    images.unlink()
+    assert_explained()
 
 
-def test_damaged_files_of_mnist_are_named(without_npz, raw_files, tmp_path):
-    put(without_npz, raw_files)
-    path = without_npz / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    whole = path.read_bytes()
-    for damaged in (whole[:1000], b"", b"\7" * 1000):
-        path.write_bytes(damaged)
-        with pytest.raises(UserError, match="put mnist.npz") as error:
-            load_dataset(tmp_path / "new")
-        assert "\n" not in str(error.value) and str(path.parent) in str(error.value)
+def test_a_torchvision_that_cannot_be_imported_is_one_line(without_npz, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(UserError, match="torchvision failed .* Put mnist.npz") as error:
+        load_mnist()
+    assert "\n" not in str(error.value)
 
 
 def test_ready_files_need_no_mnist(without_npz, small_files):
-    assert len(load_dataset(small_files.parent).test) == 60
-
-
-@pytest.mark.parametrize("module", [preprocessing, dataset])
-def test_torchvision_is_imported_only_where_it_is_needed(module):
-    """A training with mnist.npz or ready files starts half a second sooner."""
-    at_the_top = [node for node in ast.parse(inspect.getsource(module)).body]
-    imports = [ast.unparse(node) for node in at_the_top if "import" in type(node).__name__.lower()]
-    assert len(imports) > 5 and not [line for line in imports if "torchvision" in line]
-
-
-def test_hidden_files_are_no_data(tmp_path):
-    """Such as the one that keeps an empty folder in a repository; it stays."""
-    folder = tmp_path / "ColoredMNIST"
-    folder.mkdir()
-    for name in (".gitkeep", ".DS_Store", "._train1.pt"):
-        (folder / name).write_bytes(b"hidden")
-    assert draw_environments(tmp_path, sizes=(60, 60, 60))
-    assert (folder / ".gitkeep").read_bytes() == b"hidden"
-    assert len(load_dataset(tmp_path).test) == 60
-    assert not draw_environments(tmp_path, sizes=(60, 60, 60))
-    assert {path.name for path in tmp_path.iterdir()} == {"ColoredMNIST", ".lock"}
-
-
-def test_drawn_now_is_said_once(tmp_path):
-    draw_environments(tmp_path / "other", sizes=(60, 60, 60), seed=1)
-    assert "drawn with" in load_dataset(tmp_path / "other").description
-    data = load_dataset(tmp_path, seed=9)
-    drawn = "p_f 0.2, p_e [0.1, 0.4, 0.9], sizes [20000, 20000, 20000], shuffle_digits false"
-    folder = tmp_path / "ColoredMNIST"
-    assert data.description == f"{folder}, drawn now with {drawn}, seed 9"
-    assert data.seed == 9
-    again = load_dataset(tmp_path, seed=10)
-    assert again.description == f"{folder}, drawn with {drawn}, seed 9" and again.seed == 9
-
-
-def test_unseen_samples_are_of_the_test_environment(data):
-    """MNIST's own test digits, coloured as those of `test` are, always the same."""
-    unseen = unseen_samples()
-    images, digits = load_mnist("test")
-    assert torch.equal(grey(unseen), images) and unseen.envs.eq(2).all() and len(unseen) == 10000
-    assert [unseen.images.dtype, unseen.labels.dtype] == [torch.uint8, torch.float32]
-    # Three standard deviations of a proportion among 10,000 are 0.015 at most.
-    assert abs((unseen.labels != (digits >= 5)).float().mean() - 0.2) < 0.015
-    assert abs((unseen.colors != unseen.labels).float().mean() - 0.9) < 0.015
-    other_color = unseen.images[torch.arange(10000), unseen.colors]
-    assert not other_color.any()
-    assert same(unseen_samples(), unseen)
-    # With the first seed that is no student number, so that figures can be had again.
-    drawn = color_digits(images, digits, 0.2, 0.9, torch.Generator().manual_seed(10000))
-    assert torch.equal(unseen.labels, drawn["labels"].float())
-    assert torch.equal(unseen.colors, drawn["colors"].long())
-
-
-def test_partial_files_have_names_of_their_own(tmp_path):
-    """Of many threads that write one name at once none fails, and the file is one of theirs."""
-
-    def write(content):
-        with preprocessing.written_whole(tmp_path / "file") as partial:
-            partial.write_text(content)
-
-    with ThreadPoolExecutor(8) as threads:
-        assert len([*threads.map(write, map(str, range(300)))]) == 300
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert int((tmp_path / "file").read_text()) in range(300)
-
-
-def test_the_folder_around_may_have_the_same_name(tmp_path):
-    """Such as a clone of the project into a folder ColoredMNIST."""
-    around = tmp_path / "ColoredMNIST"
-    assert draw_environments(around, sizes=(60, 60, 60))
-    assert len(load_dataset(around).test) == 60
-
-
-@pytest.mark.parametrize("script", ["preprocessing.py", "exp-mnist.py"])
-def test_the_folder_around_is_wanted(in_process, dataset_path, script):
-    """Not ColoredMNIST itself, in which other data would be drawn, and read in silence."""
-    result = in_process(script, "--dataset_path", dataset_path / "ColoredMNIST")
-    assert_one_line(result, "--dataset_path is the folder around ColoredMNIST")
-    assert not (dataset_path / "ColoredMNIST" / "ColoredMNIST").exists()
-
-
-def test_hidden_files_stay_where_they_were(tmp_path):
-    """Also where the folder is a link to a folder elsewhere."""
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / ".gitkeep").write_text("kept")
-    (tmp_path / "data").mkdir()
-    folder = tmp_path / "data" / "ColoredMNIST"
-    folder.symlink_to(elsewhere)
-    assert draw_environments(tmp_path / "data", sizes=(20, 20, 20))
-    assert folder.is_symlink() and (elsewhere / ".gitkeep").read_text() == "kept"
-    assert {path.name for path in elsewhere.iterdir()} == {
-        ".gitkeep",
-        "train1.pt",
-        "train2.pt",
-        "test.pt",
-    }
-    left = {path.name for path in tmp_path.iterdir()} | {p.name for p in folder.parent.iterdir()}
-    assert left == {"data", "elsewhere", "ColoredMNIST", ".lock"}
+    assert len(load_data(small_files.parent).test) == 60
+    assert not without_npz.exists()
