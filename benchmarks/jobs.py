@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,8 @@ def run_jobs(
 def workers(scheduler: str | None) -> Iterator[None]:
     """Choose where joblib runs jobs: on this machine's cores or on a Dask cluster."""
     if scheduler is None:
+        # Without it, an error in a job is followed by warnings of semaphores that workers left.
+        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         with parallel_config("loky"):
             yield
         return

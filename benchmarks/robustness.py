@@ -151,9 +151,9 @@ def draw(rows: list[dict]) -> Figure:
     trainings = len(select(rows, kind="plain", condition="digital"))
     figure = Figure(figsize=(12.6, 4), layout="constrained")
     caption = (
-        f"{rows[0]['trainer']} on damaged crossbars. Points: the mean of {trainings} trainings, "
-        f"each with {PATTERNS} patterns of stuck devices. Bands: from the worst to the best of "
-        "these. Dashed: the same networks, digital. Dotted: chance."
+        f"{rows[0]['trainer']} on damaged crossbars. Points: the mean over trainings ({trainings}) "
+        f"and patterns of stuck devices ({PATTERNS}). Bands: from the worst to the best of these. "
+        "Dashed: the same networks, digital. Dotted: chance."
     )
     figure.suptitle(textwrap.fill(caption, 150), fontsize=10)
     axes = figure.subplots(1, len(PANELS), sharey=True)

@@ -87,11 +87,11 @@ def draw(rows: list[dict]) -> Figure:
     marked = [training for training in trainings if is_marked(training)]
     others = [training for training in trainings if not is_marked(training)]
     end = rows[-1]["iteration"]
-    freed = sum(training[-1]["accuracy"] >= 0.6 for training in marked)
+    freed = sum(training[-1]["accuracy"] > 0.6 for training in marked)
     labels = {
-        "silver": f"{len(others)} other trainings",
-        "tab:red": f"{len(marked)} trainings below 60 % after {MARKED_AT} iterations; "
-        f"{freed} of them reach 60 % after {end}",
+        "silver": f"other trainings: {len(others)}",
+        "tab:red": f"trainings below 60 % after {MARKED_AT} iterations: {len(marked)}, "
+        f"of these above 60 % after {end}: {freed}",
     }
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)

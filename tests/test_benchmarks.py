@@ -1,493 +1,565 @@
-"""Every script of benchmarks/ runs once, small; sweeps are killed, gone on with, and spread.
+"""The scripts in benchmarks/, on small data: sweeps and their tables, every script once."""
 
-All of it in a copy of the project that draws small environments, with its own kept results.
-"""
-
+import ast
 import contextlib
 import csv
 import importlib
-import json
 import math
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from ast import literal_eval
-from pathlib import Path
-from statistics import fmean
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_one_line, assert_refused, require_memtorch
-from PIL import Image, ImageChops
+from conftest import ROOT, assert_one_line, assert_refused, require_memtorch, same
 from torch.nn import functional as F
 
-import register
-from dataset import load_dataset, unseen_samples
-from model import IRM
-from preprocessing import UserError, draw_environments
+import preprocessing
+from metric import metrics
+from model import MLP, GroupDRO
+from trainer import predict, train_repetition, training_parser
 
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-SCRIPTS = sorted(path.name for path in ROOT.glob("benchmarks/*.py") if path.name != "jobs.py")
-NUMBERS = ("benchmarks/student_numbers.py", "--numbers", "4", "--iteration", "5")
-JOBS = 8  # of that sweep: two trainers
-SMALLER = (
-    ("preprocessing.py", "(20000, 20000, 20000)", "(700, 700, 700)"),
-    ("benchmarks/paper_table.py", "(25000, 25000, 10000)", "(300, 300, 200)"),
-    ("benchmarks/performance.py", "(50, 1200)", "(1, 2)"),
-    ("benchmarks/performance.py", "tile_shape=(128, 128)", "tile_shape=(128, 16)"),
-)
+SCRIPTS = sorted(path.stem for path in ROOT.glob("benchmarks/*.py") if path.stem != "jobs")
+NEEDS_MEMTORCH = ("performance", "robustness")
+DATA = "p_f 0.2, p_e 0.1 0.4 0.9"
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_the_path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+@pytest.fixture(scope="module", autouse=True)
+def small_mnist(tmp_path_factory):
+    """Let scripts in this process use 600 digits, of MNIST's 60,000, and one job at a time."""
+    folder = tmp_path_factory.mktemp("mnist")
+    with np.load(ROOT / "data" / "mnist.npz") as archive:
+        small = {name: archive[name][: 600 if "train" in name else 200] for name in archive}
+    np.savez(folder / "mnist.npz", **small)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setattr(preprocessing, "DATA", folder)
+        patch.setenv("LOKY_MAX_CPU_COUNT", "1")
+        yield folder
+
+
+@pytest.fixture
+def module():
+    """Import a script, or skip the test if it needs MemTorch, which is missing."""
+
+    def load(name):
+        if name in NEEDS_MEMTORCH:
+            require_memtorch()
+        return importlib.import_module(name)
+
+    return load
+
+
+@pytest.fixture
+def run(in_process, tmp_path):
+    """Run a script in this process. Return its output, after success, and its table's rows."""
+
+    def script(name, *arguments, table=tmp_path / "table.csv"):
+        files = []
+        shown = in_process(name, "--help").stdout
+        if "--table" in shown:
+            files += ["--table", table]
+        if "--figure" in shown:
+            files += ["--figure", tmp_path / "figure.png"]
+        result = in_process(name, *arguments, *files)
+        assert result.returncode == 0, result.stderr
+        if "--figure" in shown:
+            assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+        return result.stdout, read(table) if "--table" in shown else []
+
+    return script
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def cells(text):
+    """Return the cells of the lines of Markdown tables, without the lines of dashes."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line] for line in lines]
+    return [row for row in rows if set(row) != {"---"}]
+
+
+def logged(text, name):
+    """Return the value in the only line of a log that starts with a name."""
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
+    return ast.literal_eval(line.removeprefix(f"{name}: "))
+
+
+def flags_of(seed, iteration):
+    return ["--seed", seed, "--repetitions", 1, "--iteration", iteration, "--no_cuda"]
+
+
+# Sweeps, in a copy of the project, because their workers are other processes.
+
+
+VREX = '''
+class VREx(ERM):
+    """Risk extrapolation: the mean and the weighted variance of L_e over e."""
+
+    def __init__(self, beta: float = 1.0):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, network, batch):
+        risks = self.risks(network(batch.images), batch)
+        return risks.mean() + self.beta * risks.var(unbiased=False)
+
+
+TRAINERS["VREx"] = VREx
+'''
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def project(tmp_path_factory, small_mnist):
+    """A copy of the project with a loss of the user's, its flag, and small data."""
     folder = tmp_path_factory.mktemp("project")
     for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")):
-        copy = folder / path.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(path, copy)
+        (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.relative_to(ROOT))
     (folder / "data").mkdir()
-    (folder / "data" / "mnist.npz").symlink_to(ROOT / "data" / "mnist.npz")
-    for name, text, small in SMALLER:
-        code = (folder / name).read_text()
-        assert text in code
-        (folder / name).write_text(code.replace(text, small))
+    shutil.copy(small_mnist / "mnist.npz", folder / "data")
+    with open(folder / "register.py", "a", encoding="utf-8") as file:
+        file.write(VREX)
+    code = (folder / "trainer.py").read_text("utf-8")
+    flag = '    add("--beta", type=float, default=1.0)\n    add("--eta"'
+    (folder / "trainer.py").write_text(code.replace('    add("--eta"', flag), "utf-8")
     return folder
 
 
 @pytest.fixture
 def start(project):
-    """Start a process in the project; all of them are gone after the test."""
-    with starter(project) as run:
-        yield run
-
-
-@contextlib.contextmanager
-def starter(project, **variables):
+    """Start a script of the copy, on two cores."""
     started = []
 
-    def run(*arguments):
-        command = [sys.executable, *map(str, arguments)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        session = {"start_new_session": True, "env": ENVIRONMENT | variables, "cwd": project}
-        started.append(subprocess.Popen(command, **options, **session))
+    def process(script, *arguments):
+        command = [sys.executable, f"benchmarks/{script}", *map(str, arguments)]
+        environment = os.environ | {"LOKY_MAX_CPU_COUNT": "2"}
+        environment["GIT_CEILING_DIRECTORIES"] = str(project.parent)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(
+            subprocess.Popen(command, cwd=project, env=environment, start_new_session=True, **pipes)
+        )
         return started[-1]
 
-    yield run
-    for process in started:
+    yield process
+    for each in started:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # its own workers as well
-        process.communicate()
+            os.killpg(each.pid, signal.SIGKILL)
+        each.communicate()
 
 
-def kept(project: Path) -> dict[Path, int]:
-    """The results that are kept, and when each was written."""
-    return {path: path.stat().st_mtime_ns for path in project.glob("data/jobs/**/output.pkl")}
+def test_killed_sweep_continues_with_the_same_rows(project, start, run):
+    sweep = ("student_numbers.py", "--only", 1, 2, "--iteration", 10)
+    table = project / "numbers.csv"
+    files = ("--table", table, "--figure", project / "numbers.png")
+    first = start(*sweep, *files)
+    end = time.monotonic() + 120
+    while not table.exists():
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = read(table)
+    assert 1 <= len(before) < 12
 
-
-def wait_for(condition, seconds: float = 300):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def finish(process) -> str:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out
-
-
-def read(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def cells(line: str) -> list[str]:
-    """Those of a row of a table in Markdown."""
-    return [cell.strip() for cell in line.strip("|\n ").split("|")]
-
-
-# Sweeps
-
-
-@pytest.fixture(scope="module")
-def swept(project):
-    """The table of a sweep that was killed and started again."""
-    shutil.rmtree(project / "data" / "jobs", ignore_errors=True)  # what other tests kept
-    with starter(project) as start:
-        first = start(*NUMBERS, "--table", "swept.csv")
-        wait_for(lambda: len(kept(project)) >= 2)
-        first.kill()
-        first.wait()
-        before = kept(project)
-        assert 2 <= len(before) < JOBS
-        out = finish(start(*NUMBERS, "--table", "swept.csv", "--figure", "swept.png"))
-        after = kept(project)
-    assert len(after) == JOBS and after.items() >= before.items()
-    return out, (project / "swept.csv").read_text()
-
-
-def test_killed_sweep_goes_on(swept):
-    out, table = swept
-    lines = table.splitlines()
-    assert lines[0] == "number,trainer,protocol,repetition,test,unseen,commit"
-    assert len(lines) == 1 + 3 * JOBS
-    rows = [cells(line) for line in out.splitlines() if line.startswith("| ")][2:]
-    assert [row[:3] for row in rows] == [
-        [f"{trainer}, letter --iteration 5", environment, "4"]
-        for trainer in ("groupDRO", "IRM")
-        for environment in ("test environment", "unseen digits")
+    second = start(*sweep, *files, "--resume")
+    out, err = second.communicate(timeout=300)
+    assert second.returncode == 0 and err == ""
+    after = read(table)
+    assert all(row in after for row in before)
+    assert {row["commit"] for row in after} == {""}  # the copy has no git
+    printed, uninterrupted = run("student_numbers", *sweep[1:])
+    assert cells(printed) == cells(out)
+    assert [row | {"commit": ""} for row in uninterrupted] == after
+    keys = [(row["number"], row["trainer"], row["flags"], row["repetition"]) for row in after]
+    assert keys == [
+        (number, trainer, "--iteration 10", repetition)
+        for number in "12"
+        for trainer in ("IRM", "groupDRO")
+        for repetition in "123"
     ]
 
 
-def test_cluster_that_loses_a_worker_gives_the_same_table(project, start, swept):
-    shutil.rmtree(project / "data" / "jobs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    dask = ("-m", "distributed.cli.dask_scheduler")
-    start(*dask, "--host", address, "--no-dashboard")
-    dask = ("-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny")
-    both = [start(*dask, "--no-dashboard", "--local-directory", f"dask{n}") for n in (1, 2)]
-    files = ("--table", "cluster.csv", "--figure", "cluster.png")
-    sweep = start(*NUMBERS, *files, "--scheduler", address)
-    wait_for(lambda: len(kept(project)) >= 2)
-    both[0].kill()
-    assert len(kept(project)) < JOBS
-    out, table = swept
-    assert finish(sweep).replace("cluster", "swept") == out
-    assert (project / "cluster.csv").read_text() == table
+def test_a_loss_of_the_user_gets_rows(project, start):
+    rows = ["VREx --beta 30 --iteration 4", "VREx --iteration 4", "groupDRO_groups --iteration 4"]
+    sweep = start("results.py", "--rows", *rows, "--seeds", 3, "--table", project / "rows.csv")
+    out, err = sweep.communicate(timeout=300)
+    assert sweep.returncode == 0 and err == ""
+    assert [line[:2] for line in cells(out)[1:]] == [
+        ["VREx, `--beta 30 --iteration 4`", "1"],
+        ["VREx, `--iteration 4`", "1"],
+        ["groupDRO_groups, `--iteration 4`", "1"],
+    ]
+    assert len({row["auc"] for row in read(project / "rows.csv")}) == 3
 
 
-def test_a_scheduler_that_is_not_there_is_one_line(in_process, tmp_path):
-    files = ("--table", tmp_path / "t.csv", "--figure", tmp_path / "f.png")
-    where = ("--scheduler", "nowhere://127.0.0.1:1")
-    result = in_process("student_numbers.py", *SHORT["student_numbers.py"], *files, *where)
-    assert_one_line(result, "nowhere")
+# Tables.
 
 
-def test_kept_results_outlive_a_comment():
-    logic = importlib.import_module("jobs").logic
-    code = 'def f(x):\n    """What."""\n    return x + 1\n'
-    assert logic(code) == logic('"""Doc."""\ndef f(x):  # why\n\n    return (x + 1)\n')
-    assert logic(code) != logic(code.replace("1", "2"))
+def test_an_existing_table_needs_resume(run, in_process, tmp_path):
+    _, rows = run("results", "--rows", "ERM --iteration 2", "--seeds", 1)
+    table = tmp_path / "table.csv"
+    refused = in_process("results", "--rows", "ERM", "--seeds", 2, "--table", table)
+    assert_one_line(refused, table, "exists", "--resume", "delete")
+    assert read(table) == rows
+    table.write_text(table.read_text().replace(rows[0]["test"], "0.125"))
+    arguments = ("--rows", "ERM --iteration 2", "--resume", "--seeds")
+    out, rows = run("results", *arguments, 1, 2)
+    assert [(row["seed"], row["repetition"]) for row in rows] == [("1", "1"), ("2", "1")]
+    assert rows[0]["test"] == "0.125" != rows[1]["test"]
+    out, _ = run("results", *arguments, 1)  # the report is of the wanted rows
+    assert cells(out)[1][1:3] == ["1", "12.5 ± 0.0"]
 
 
-def test_no_script_changes_what_a_worker_computes_after_it(monkeypatch, tmp_path):
-    jobs = importlib.import_module("jobs")
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "doubling.py").write_text("def double(x):\n    return 2 * x\n")
-    doubling = importlib.import_module("doubling")
-    key = ("doubling", "double", jobs.version(doubling.double), "(21,)")
-    settings = (torch.get_default_dtype, torch.get_float32_matmul_precision)
-    before = [setting() for setting in settings]
-    for script in SCRIPTS:
-        if script not in ("robustness.py", "performance.py") or memtorch_is_there():
-            importlib.import_module(script.removesuffix(".py"))
-    assert jobs.perform(key, (21,)) == (key, (21,), 42)
-    assert [setting() for setting in settings] == before
-    with pytest.raises(UserError, match="another version"):
-        jobs.perform((*key[:2], "of another day", key[3]), (21,))
-    monkeypatch.setitem(register.TRAINERS, "ERM", IRM)
-    with pytest.raises(UserError, match="register.TRAINERS"):
-        jobs.perform(key, (21,))
+@pytest.mark.parametrize(
+    "text", ["data,row\nx,ERM\n", "number,trainer,flags,repetition\n1,IRM,,x\n"]
+)
+def test_another_table_is_refused(in_process, tmp_path, text):
+    table = tmp_path / "table.csv"
+    table.write_text(text)
+    result = in_process("student_numbers", "--only", 1, "--table", table, "--resume")
+    assert_one_line(result, table, "number, trainer, flags, repetition, test, unseen, commit")
+    assert table.read_text() == text
 
 
-def memtorch_is_there() -> bool:
-    return importlib.util.find_spec("memtorch") is not None
+def test_a_table_that_cannot_be_written_is_one_line(in_process, tmp_path):
+    (tmp_path / "file").touch()
+    files = ("--table", tmp_path / "file" / "table.csv")
+    result = in_process("results", "--rows", "ERM --iteration 1", "--seeds", 1, *files)
+    assert_one_line(result, "cannot write", files[1])
 
 
-# Each script once. One process runs them all, in turn, as a worker that outlives a sweep would.
+def test_an_unreachable_cluster_is_one_line(in_process, tmp_path):
+    address = "nowhere://127.0.0.1:1"
+    sweep = ("results", "--rows", "ERM", "--table", tmp_path / "table.csv", "--scheduler", address)
+    assert_one_line(in_process(*sweep), address, "--scheduler")
 
-DRIVER = """
-import contextlib, importlib, io, json, sys, traceback
 
-sys.path.insert(0, "benchmarks")
-sys.path.insert(0, ".")
-outcomes = {}
-for name, (script, *arguments) in json.load(open("runs.json")).items():
-    out, error, sys.argv = io.StringIO(), "", [script, *arguments]
-    try:
-        with contextlib.redirect_stdout(out):
-            importlib.import_module(script).main()
-    except BaseException:
-        error = traceback.format_exc()
-    outcomes[name] = out.getvalue(), error
-json.dump(outcomes, open("outcomes.json", "w"))
+def test_commit_has_a_plus_if_code_differs(module, tmp_path, monkeypatch):
+    jobs = module("jobs")
+    monkeypatch.setattr(jobs, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert jobs.commit() == ""
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
+    (tmp_path / "table.csv").touch()
+    assert len(jobs.commit()) >= 7 and head.startswith(jobs.commit())
+    (tmp_path / "my_losses.py").touch()
+    assert jobs.commit().endswith("+") and head.startswith(jobs.commit()[:-1])
+
+
+@pytest.mark.parametrize("name", ["results", "student_numbers", "paper_table"])
+def test_tables_of_the_project_are_readable(module, name):
+    jobs, script = module("jobs"), module(name)
+    table = jobs.Table(ROOT / "figures" / f"{name}.csv", script.COLUMNS)
+    assert len(table.rows) >= 30
+    assert all(row["commit"] and "--steady" not in row.values() for row in table.rows)
+    with open(table.path, encoding="utf-8") as file:
+        assert file.readline().strip() == ",".join(table.columns)
+    if name == "results":
+        assert {row["data"] for row in table.rows if row["seed"] >= 40000} >= {DATA}
+        backdoor = jobs.select(table.rows, row="Backdoor --adjustment weights", data=DATA)
+        assert sorted(row["seed"] for row in backdoor) == list(range(40000, 40010))
+    if name == "student_numbers":
+        letter = jobs.select(table.rows, flags="")
+        assert len(letter) == 2 * 3 * len({row["number"] for row in letter}) == 1800
+
+
+def test_default_files_are_ignored_by_git(module):
+    args = module("jobs").script_parser("", "f.png", "t.csv").parse_args([])
+    assert args.figure.parent == args.table.parent == ROOT / "data" / "figures"
+
+
+# Each script.
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(module, in_process, name):
+    text = in_process(name, "--help").stdout
+    assert text.startswith(f"usage: {name}")
+    assert module(name).__doc__.split("\n")[0] in text
+    assert f"python benchmarks/{name}.py" in text
+
+
+@pytest.mark.parametrize("name", ["curves", "performance", "robustness", "student_numbers"])
+def test_flags_that_are_passed_on_are_checked_first(module, in_process, tmp_path, name):
+    module(name)
+    assert_refused(in_process(name, "--itteration", 3), "--itteration")
+    assert_one_line(in_process(name, "--save_model", tmp_path), "--save_model", "Leave it out")
+    assert_one_line(in_process(name, f"--dataset_path={tmp_path}"), "--dataset_path")
+
+
+@pytest.mark.parametrize("row", ["", "VREx", "IRM --itteration 3", "ERM --eta -1"])
+def test_a_row_is_parsed_before_the_first_job(in_process, tmp_path, row):
+    sweep = ("results", "--rows", "ERM", row, "--table", tmp_path / "table.csv")
+    assert_refused(in_process(*sweep))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--seed 5", "--seed=5", "--save_model d", "--dataset_path d"])
+def test_a_row_cannot_set_everything(in_process, tmp_path, flag):
+    sweep = ("results", "--rows", f"ERM {flag}", "--table", tmp_path / "table.csv")
+    assert_one_line(in_process(*sweep), flag.split("=")[0].split()[0])
+
+
+def test_an_unused_flag_of_a_row_is_warned_of(in_process, tmp_path):
+    sweep = ("results", "--rows", "IRM --iteration 1 --eta 3", "--seeds", 1)
+    result = in_process(*sweep, "--table", tmp_path / "table.csv")
+    assert result.returncode == 0
+    assert_one_line(replace_status(result), "warning", "--eta")
+
+
+def replace_status(result):
+    return subprocess.CompletedProcess(result.args, 1, result.stdout, result.stderr)
+
+
+def test_results_are_the_same_as_the_command_prints(run, in_process, tmp_path):
+    """Test the columns against exp-mnist.py with the same flags, and with other data."""
+    row = "IRM --iteration 5 --reg_lambda 2"
+    generation = ("--p_f", 0.25, "--p_e", 0.2, 0.1, 0.8)
+    out, (result,) = run("results", "--rows", row, "--seeds", 6, *generation)
+    assert (result["data"], result["row"]) == ("p_f 0.25, p_e 0.2 0.1 0.8", row)
+    assert f"Data: {result['data']}" in out
+    generate = in_process("preprocessing", "--seed", 6, *generation, "--dataset_path", tmp_path)
+    assert generate.returncode == 0
+    flags = [*flags_of(6, 5), "--reg_lambda", 2, "--dataset_path", tmp_path]
+    log = in_process("exp-mnist.py", "--trainer", "IRM", *flags).stdout
+    columns = {"Accuracy": "test", "AUC": "auc", "F1_macro": "f1_macro"}
+    test_result = {metric: float(result[name]) for metric, name in columns.items()}
+    assert logged(log, "Test result") == test_result
+    assert logged(log, "Worst group") == float(result["worst_group"])
+    assert logged(log, "Mean flip rate") == float(result["flip_rate"])
+    assert result["unseen"] != result["test"] and 0 < float(result["seconds"]) < 60
+
+
+def test_unseen_digits_have_the_test_environments_probabilities(run):
+    """ERM learns the colour, which here is the label for the unseen digits as well."""
+    arguments = ("--rows", "ERM --iteration 20", "--seeds", 1, "--p_f", 0, "--p_e", 0, 0)
+    _, (result,) = run("results", *arguments, 0)
+    assert float(result["unseen"]) == float(result["test"]) == 1
+
+
+def test_trainings_of_a_row(run, module, monkeypatch):
+    """Without --seeds a row has the three trainings of the command. --repetitions is another way."""
+    monkeypatch.setattr(module("results"), "ROWS", ("ERM --iteration 1",))
+    out, rows = run("results")
+    assert [(row["seed"], row["repetition"]) for row in rows] == [("1234", n) for n in "123"]
+    accuracies = [100 * float(row["test"]) for row in rows]
+    (line,) = cells(out)[1:]
+    assert line[1:3] == ["3", f"{np.mean(accuracies):.1f} ± {np.std(accuracies):.1f}"]
+    rows = ("--rows", "ERM --iteration 1", "ERM --iteration 1 --repetitions 2", "--resume")
+    out, _ = run("results", *rows, "--seeds", 1, 2)
+    assert [line[1] for line in cells(out)[1:]] == ["2", "4"]
+
+
+def test_control_losses(module, small_files):
+    results = module("results")
+    samples = module("dataset").load_data(small_files.parent, 3).training
+    torch.manual_seed(0)
+    network, batch = MLP(), samples.batch()
+    losses = F.binary_cross_entropy_with_logits(
+        network(batch.images), batch.labels, reduction="none"
+    )
+    train2 = results.TRAINERS["ERM_train2"]()(network, batch)
+    assert torch.isclose(train2, losses[batch.envs == 1].mean())
+    loss = results.TRAINERS["groupDRO_groups"](eta=0.5)
+    risks = [
+        losses[(batch.labels == label) & (batch.colors == color)].mean()
+        for label in (0, 1)
+        for color in (0, 1)
+    ]
+    q = torch.stack([0.25 * (0.5 * risk).exp() for risk in risks]).detach()
+    q /= q.sum()
+    assert torch.isclose(loss(network, batch), sum(q * torch.stack(risks)))
+    assert torch.allclose(loss.q, q) and isinstance(loss, GroupDRO)
+
+
+NUMBERS = """number,trainer,flags,repetition,test,unseen,commit
+1,IRM,,1,0.63,0.73,abc
+1,IRM,,2,0.64,0.74,abc
+2,IRM,,1,0.55,0.75,abc
+2,IRM,,2,0.56,0.76,abc
+3,IRM,,1,0.67,0.77,abc
+3,IRM,,2,0.68,0.78,abc
+1,groupDRO,--bias,1,0.7,0.71,abc
 """
-TRAINING = ("--iteration", "8", "--learning_rate", "0.01", "--hidden_dim", "16", "8")
-SEED = ("--seed", "5", "--repetitions", "1")
-RUNS = {
-    "command": ("exp-mnist", "--trainer", "IRM", "--no_cuda", *TRAINING, *SEED),
-    "steady": ("exp-mnist", "--trainer", "IRM", "--no_cuda", "--steady", *TRAINING, *SEED),
-    "results": ("results", "--rows", "IRM", "Backdoor --network CNN", "--seeds", "5", "6"),
-    "curves": ("curves", "--seed", "5", "--every", "4"),
-    "student_numbers": ("student_numbers", "--only", "5", "--repetitions", "1", "--resume"),
-    "samples": ("samples", "--seed", "5"),
-    "paper_table": ("paper_table", "--steps", "30", "--draws", "2"),
-}
-BROKEN = ("--trainer", "ERM", "--no_cuda", "--fault_seed", "1", "--lrs_proportion")
-CROSSBAR_RUNS = {
-    "plain": ("memristor", *BROKEN, "0.2", *TRAINING, *SEED),
-    "hardened": ("memristor", *BROKEN, "0.2", *TRAINING, *SEED, "--harden"),
-    "robustness": ("robustness", "--trainers", "ERM", "--repetitions", "1", "--seed", "5")
-    + ("--patterns", "2", "--conditions", "crossbar", "20 % on", "2-bit ADCs")
-    + ("--curves", "adc_resolution"),
-    "performance": ("performance", "--runs", "1", "--repetitions", "1", "--test_samples", "20")
-    + ("--grayscale", "--against", "another"),
-}
-TRAINED = ("results", "curves", "student_numbers", "robustness", "performance")
 
 
-@pytest.fixture(scope="module")
-def outcomes(project):
-    """What each of the runs printed, and its error."""
-    another = project / "another"  # a checkout that takes a second and draws in no time
-    another.mkdir()
-    (another / "exp-mnist.py").write_text("import time\ntime.sleep(1)\n")
-    drawing = "from pathlib import Path\ndef draw_environments(path): pass\n"
-    (another / "preprocessing.py").write_text(drawing)
-    table = "number,trainer,protocol,repetition,test,unseen,commit\n"
-    protocol = " ".join(("letter", "--repetitions", "1", *TRAINING))
-    row = f"5,IRM,{protocol},1,0.125,0.25,old\n"
-    (project / "student_numbers.csv").write_text(table + row)
-    runs = RUNS | (CROSSBAR_RUNS if memtorch_is_there() else {})
-    for name in TRAINED:
-        if name in runs:
-            runs = runs | {name: (*runs[name], *TRAINING)}
-    for name in ("results", "student_numbers", "paper_table", "robustness"):
-        if name in runs:
-            runs = runs | {name: (*runs[name], "--table", f"{name}.csv")}
-    (project / "runs.json").write_text(json.dumps(runs))
-    with starter(project, LOKY_MAX_CPU_COUNT="1") as start:  # in the process itself
-        finish(start("-c", DRIVER))
-    return json.loads((project / "outcomes.json").read_text())
+def test_report_and_figure_of_student_numbers(run, module, tmp_path):
+    table = tmp_path / "numbers.csv"
+    table.write_text(NUMBERS)
+    out, _ = run("student_numbers", "--from", table, table=table)
+    _, bias, _, irm, unseen = cells(out)
+    assert bias[:4] == ["groupDRO, `--bias`", "test environment", "1", "70.0"]
+    # The numbers have 63.5, 55.5 and 67.5 %.
+    assert irm[:6] == ["IRM", "test environment", "3", "62.2", "33.3%", "55.5 (0002)"]
+    assert irm[6:] == ["55.7 to 67.4", "55.0 (0002)", "5.0"]
+    assert unseen[:6] == ["IRM", "unseen digits", "3", "75.5", "0.0%", "73.5 (0001)"]
+    assert table.read_text() == NUMBERS
+    numbers = module("student_numbers")
+    axes = numbers.draw(numbers.Table(table, numbers.COLUMNS).rows).axes
+    assert ["--bias" in axis.get_title() for axis in axes] == [False, False, True, True]
+    heights = [sum(bar.get_height() for bar in axis.patches) for axis in axes]
+    assert heights == [3, 3, 1, 1]
+    assert axes[0].texts[0].get_text() == "IRM, worst of 3:\nnumber 0002, 55.5 %"
+
+
+def test_student_numbers_are_chosen_among_those_that_nobody_looked_at(module):
+    numbers = module("student_numbers")
+    chosen = numbers.chosen_numbers(9000)
+    assert len(set(chosen)) == 9000 and chosen[:2] == numbers.chosen_numbers(2)
+    rows = read(ROOT / "figures" / "student_numbers.csv")
+    assert {int(row["number"]) for row in rows} == set(chosen[:300])
+
+
+def test_curves_end_where_the_command_does(run, in_process, tmp_path):
+    out, _ = run("curves", "--seed", 5, "--every", 4, "--iteration", 8)
+    lines = {line[0]: line[1:] for line in cells(out)[1:]}
+    assert list(lines) == ["ERM", "groupDRO", "IRM", "Backdoor"]
+    command = ("exp-mnist.py", "--trainer", "IRM", *flags_of(5, 8), "--dataset_path", tmp_path)
+    accuracy = logged(in_process(*command).stdout, "Test result")["Accuracy"]
+    assert lines["IRM"][0] == "8" and lines["IRM"][3] == f"{100 * accuracy:.1f}"
+
+
+def test_curves_have_points_from_step_0(module):
+    curves = module("curves")
+    points = curves.curve("ERM", 5, 4, "--iteration 10")
+    assert [point[0] for point in points] == [0, 4, 8]
+    assert points[-1][1] > 80 and points[-1][3] < 20  # it learns the colour
+    axes = curves.draw({"ERM": points, "IRM": points[:2]}).axes
+    assert [axis.get_title() for axis in axes] == ["ERM", "IRM"]
+    assert list(axes[0].lines[2].get_ydata()) == [point[3] for point in points]
+
+
+def test_stuck(run, module, monkeypatch):
+    stuck = module("stuck")
+    monkeypatch.setattr(stuck, "TRAINING", "IRM --iteration 6 --evaluation_steps 2")
+    monkeypatch.setattr(stuck, "MARKED_AT", 2)
+    out, rows = run("stuck", "--numbers", 1)
+    number = str(stuck.chosen_numbers(1)[0])
+    assert [(row["number"], row["repetition"], row["iteration"]) for row in rows] == [
+        (number, repetition, iteration) for repetition in "123" for iteration in "0246"
+    ]
+    assert [line[0] for line in cells(out)[1:]] == ["2", "4", "6"]
+    args = training_parser().parse_args(["--trainer", "IRM", "--iteration", "6"])
+    args.seed = int(number)
+    data = module("jobs").fresh_data(args.seed)
+    network, *_ = train_repetition(args, data, 2)
+    logits = predict(network, data.test)
+    assert rows[7]["accuracy"] == str(metrics(logits, data.test.labels)["Accuracy"])
+    assert float(rows[7]["zero_logits"]) == (logits == 0).double().mean()
+
+
+def test_stuck_figure(module):
+    """One training stays stuck, one becomes free, one was never stuck."""
+    stuck = module("stuck")
+    rows = [
+        {"number": n, "repetition": 1, "iteration": 400 * i, "accuracy": a, "zero_logits": (1 - a)}
+        for n, values in (
+            (3, (0.5, 0.4, 0.5, 0.5)),
+            (4, (0.5, 0.5, 0.7, 0.7)),
+            (5, (0.5, *[0.7] * 3)),
+        )
+        for i, a in enumerate(values)
+    ]
+    figure = stuck.draw(rows)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "other trainings: 1",
+        "trainings below 60 % after 400 iterations: 2, of these above 60 % after 1200: 1",
+    ]
+    for axis, shown in zip(figure.axes, ([50, 40, 50, 50], [50, 60, 50, 50]), strict=True):
+        curves = [line for line in axis.lines if len(line.get_xdata()) == 4]
+        assert [line.get_color() for line in curves] == ["silver", "tab:red", "tab:red"]
+        assert curves[1].get_ydata() == pytest.approx(shown)
+
+
+def test_robustness(run, module, monkeypatch, in_process, tmp_path):
+    """Crossbars are the same as memristor.py's with the same flags, plain and hardened."""
+    robustness = module("robustness")
+    names = ("crossbar", "20 % on", "2-bit ADCs")
+    few = {name: robustness.CONDITIONS[name] for name in names}
+    monkeypatch.setattr(robustness, "CONDITIONS", few)
+    monkeypatch.setattr(robustness, "PRINTED", names)
+    monkeypatch.setattr(robustness, "PATTERNS", 2)
+    monkeypatch.setattr(
+        robustness, "PANELS", {"on": {0: "crossbar", 20: "20 % on"}, "b": {"2": names[2]}}
+    )
+    flags = ("--iteration", 8, "--hidden_dim", 16, "--repetitions", 1)
+    out, rows = run("robustness", "--trainers", "Backdoor", "--seeds", 5, *flags)
+    kinds = ("plain", "hardened", "limit only", "faults only")
+    found = {(row["kind"], row["condition"], row["pattern"]): row for row in rows}
+    assert len(found) == len(rows) == 4 * 5
+    command = ("memristor.py", "--trainer", "Backdoor", *flags, "--seed", 5, "--no_cuda")
+    command += ("--dataset_path", tmp_path, "--fault_seed", 1, "--lrs_proportion", 0.2)
+    for kind, more in (("plain", ()), ("hardened", ("--harden",))):
+        log = in_process(*command, *more).stdout
+        digital = logged(log, "Test result")["Accuracy"]
+        assert float(found[kind, "digital", "0"]["accuracy"]) == digital
+        on_crossbar = logged(log, "Crossbar test result")["Accuracy"]
+        assert float(found[kind, "20 % on", "1"]["accuracy"]) == on_crossbar
+    currents = {kind: float(found[kind, "crossbar", "0"]["current"]) for kind in kinds}
+    assert currents["plain"] == 1 < currents["limit only"] and len(set(currents.values())) == 4
+    assert {row["flags"] for row in rows} == {"--iteration 8 --hidden_dim 16 --repetitions 1"}
+    accuracies, losses = cells(out)[1:5], cells(out)[6:]
+    assert [line[1] for line in accuracies] == [line[1] for line in losses] == list(kinds)
+    both = [100 * float(found["plain", "20 % on", pattern]["accuracy"]) for pattern in "01"]
+    assert accuracies[0][5] == f"{np.mean(both):.1f} ({min(both):.1f})"
+    lost = [100 * float(found["plain", "digital", "0"]["accuracy"]) - value for value in both]
+    assert losses[0][3] == f"{np.mean(lost):.1f} ({max(lost):.1f})"
+
+
+def test_robustness_has_every_condition(module):
+    robustness = module("robustness")
+    drawn = {name for panel in robustness.PANELS.values() for name in panel.values()}
+    assert drawn | set(robustness.PRINTED) == set(robustness.CONDITIONS)
+    parameters = set().union(*robustness.CONDITIONS.values())
+    assert parameters <= set(module("memristor").to_crossbar.__kwdefaults__)
+
+
+def test_paper_table(run, module, monkeypatch):
+    paper = module("paper_table")
+    monkeypatch.setitem(paper.GENERATION, "sizes", (240, 240, 100))
+    for name, protocol in paper.PROTOCOLS.items():
+        monkeypatch.setitem(paper.PROTOCOLS, name, protocol._replace(steps=20))
+    out, rows = run("paper_table", "--draws", 2)
+    for line, (name, published) in zip(cells(out)[1:], paper.PUBLISHED.items(), strict=True):
+        values = [float(row["accuracy"]) for row in rows if row["row"] == name]
+        assert line[:2] == [name, published] and line[3] == "2"
+        assert line[2] == f"{np.mean(values):.1f} ± {np.std(values):.1f}"
+    assert max(float(row["accuracy"]) for row in rows if row["row"] == "ERM") < 40
 
 
 @pytest.fixture
-def printed(outcomes):
-    """The lines that a run printed; fails if the run did."""
-
-    def of(name: str) -> list[str]:
-        if name in CROSSBAR_RUNS:
-            require_memtorch()
-        out, error = outcomes[name]
-        assert not error, error
-        return out.splitlines()
-
-    return of
+def paper_data(small_files, module):
+    return module("dataset").load_data(small_files.parent, 3).training
 
 
-def logged(lines: list[str], name: str):
-    """The value in a log's only line of that name."""
-    (line,) = [line for line in lines if line.startswith(f"{name}: ")]
-    return literal_eval(line.removeprefix(f"{name}: "))
-
-
-def looked_at(path: Path) -> Image.Image:
-    """A figure that was written: some thousand pixels of it are neither white nor black."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
-    saturation = image.convert("HSV").getchannel("S")
-    assert sum(saturation.histogram()[128:]) > 1000
-    return image
-
-
-def test_results(project, printed):
-    """A row is what the command prints with its flags; the CNN is trained once."""
-    lines = printed("results")
-    rows = read(project / "results.csv")
-    kinds = [(row["row"], row["protocol"], row["seed"]) for row in rows]
-    assert kinds == [
-        ("Backdoor --network CNN", "letter", "5"),
-        *[("IRM", protocol, seed) for protocol in ("letter", "steady") for seed in "56"],
-    ]
-    assert all(row["commit"] == "" and row["repetition"] == "1" for row in rows)
-    for row, run in ((rows[1], "command"), (rows[3], "steady")):
-        log = printed(run)
-        scores = {"Accuracy": "test", "AUC": "auc", "F1_macro": "f1_macro"}
-        assert logged(log, "Test result") == {m: float(row[name]) for m, name in scores.items()}
-        assert logged(log, "Worst group") == float(row["worst_group"])
-        assert logged(log, "Flip rate") == float(row["flip_rate"])
-        assert 0 < float(row["seconds"]) < 60
-        assert abs(float(row["unseen"]) - float(row["test"])) < 0.1 and row["unseen"] != row["test"]
-    assert rows[1]["test"] != rows[3]["test"]
-    (header, *shown) = [cells(line) for line in lines if line.startswith("| ")]
-    (letter,) = [row for row in shown if row[:2] == ["IRM", "letter"]]
-    values = [100 * float(row["test"]) for row in rows[1:3]]
-    spread = abs(values[0] - values[1]) / 2
-    assert letter[header.index("test, %")] == f"{fmean(values):.1f} ± {spread:.1f}"
-    assert letter[header.index("trainings")] == "2"
-    assert [row[0] for row in shown[1:]] == ["IRM", "IRM", "Backdoor, `--network CNN`"]
-
-
-def test_results_go_on_where_repetitions_are_missing(monkeypatch, tmp_path, capsys):
-    """One training of --seeds is not taken for three, nor averaged with other seeds' trainings."""
-    results = importlib.import_module("results")
-    asked = []
-
-    def run_jobs(function, jobs, scheduler):
-        for job in jobs:
-            asked.append(job)
-            count = int(job[job.index("--repetitions") + 1])
-            yield job, [[number / 10] * len(results.FIGURES) for number in range(count)]
-
-    monkeypatch.setattr(results, "run_jobs", run_jobs)
-
-    def run(*arguments):
-        few = ("--rows", "ERM", "--protocols", "letter", "--resume")
-        monkeypatch.setattr(sys, "argv", ["results.py", *few, "--table", str(table), *arguments])
-        results.main()
-        shown = capsys.readouterr()
-        assert ("--eta" in shown.err) == ("--eta" in arguments)  # which has no effect on ERM
-        (line,) = [line for line in shown.out.splitlines() if "| ERM" in line]
-        return cells(line)[2:4]
-
-    table = tmp_path / "results.csv"
-    assert run("--seeds", "1", "2") == ["2", "0.0 ± 0.0"]
-    assert run("--seeds", "1234") == ["1", "0.0 ± 0.0"]
-    assert run() == ["3", "10.0 ± 8.2"]
-    assert [row["repetition"] for row in read(table)] == ["1", "1", "1", "2", "3"]
-    assert run() == ["3", "10.0 ± 8.2"] and len(asked) == 4  # nothing was left to do
-    assert run("--seeds", "1", "1234") == ["2", "0.0 ± 0.0"]
-    assert run("--seeds", "1", "--eta", "3") == ["1", "0.0 ± 0.0"]
-
-
-def test_a_flag_that_a_row_sets_is_refused(in_process, monkeypatch):
-    """The row's name would say another value than it was trained with."""
-    results = importlib.import_module("results")
-    monkeypatch.setattr(results, "ROWS", (*results.ROWS, "Backdoor --eta 3"))
-    result = in_process("results.py", "--rows", "Backdoor --eta 3", "--eta", "1")
-    assert_one_line(result, "--eta", "each job sets itself")
-
-
-def test_curves(project, printed):
-    """They end where the command does, to which watching changes nothing."""
-    table = [cells(line) for line in printed("curves") if line.startswith("| ")]
-    accuracies = {row[0]: row[1:] for row in table[2:]}
-    assert list(accuracies) == list(register.TRAINERS)
-    wanted = 100 * logged(printed("command"), "Test result")["Accuracy"]
-    assert accuracies["IRM"][2] == f"{wanted:.1f}"
-    looked_at(project / "data" / "figures" / "curves.png")
-
-
-def test_curves_have_a_point_every_so_many_iterations(monkeypatch):
-    curves = importlib.import_module("curves")
-    drawing = {"sizes": (700, 700, 700)}
-    fresh_data = curves.fresh_data
-    monkeypatch.setattr(curves, "fresh_data", lambda seed: fresh_data(seed, drawing))
-    points = curves.curves("ERM", 4, ("--iteration", "10", "--seed", "5"))
-    assert [point[0] for point in points] == [0, 4, 8, 10]
-    assert points[0][1] < 70 < points[-1][1]  # untrained it guesses, then it has learnt colour
-    assert points[-1][3] < 30 < points[0][3]
-    with pytest.raises(UserError, match="raise --validation"):  # of one environment none is left
-        curves.curves("ERM", 4, ("--iteration", "10", "--seed", "5", "--validation", "0.0001"))
-    figure = curves.draw({"ERM": points, "IRM": points[:2]})
-    assert [axis.get_title() for axis in figure.axes] == ["ERM", "IRM"]
-    train1, train2, test, chance = figure.axes[0].lines
-    assert list(train1.get_xdata()) == [0, 4, 8, 10]
-    for env, line in enumerate((train1, train2, test)):
-        assert list(line.get_ydata()) == [point[1 + env] for point in points]
-    assert set(chance.get_ydata()) == {50}
-
-
-def test_student_numbers(project, printed):
-    """A number that was there stays as it was; what is computed is what the command prints."""
-    lines = printed("student_numbers")
-    rows = {row["trainer"]: row for row in read(project / "student_numbers.csv")}
-    assert set(rows) == {"groupDRO", "IRM"} and len(lines) == 8
-    assert (rows["IRM"]["test"], rows["IRM"]["commit"]) == ("0.125", "old")
-    assert rows["groupDRO"]["commit"] == ""
-    assert rows["groupDRO"]["protocol"] == rows["IRM"]["protocol"]
-    looked_at(project / "data" / "figures" / "student_numbers.png")
-    assert "| 12.5 | 100.0% | 12.5 (0005) |" in lines[-3]
-
-
-def test_student_numbers_are_those_of_the_command(project, printed, swept):
-    """The sweep's rows and the command's log, of a number that the sweep has."""
-    numbers = importlib.import_module("student_numbers")
-    looked_at_before = set(numbers.random.Random(0).sample(range(10000), 10000)[:1000])
-    drawn = numbers.drawn_numbers(9000)
-    assert len(set(drawn)) == 9000 and not looked_at_before & set(drawn)
-    assert drawn[:4] == numbers.drawn_numbers(4) and sorted(drawn)[:4] != drawn[:4]
-    rows = list(csv.DictReader(swept[1].splitlines()))
-    assert {int(row["number"]) for row in rows} == set(drawn[:4])
-    assert {6311, 1804} & set(drawn) == {1804} - looked_at_before
-    assert numbers.protocol_of([]) == "letter" and numbers.protocol_of(["--steady"]) == "steady"
-    assert numbers.protocol_of(["--eta", "1", "--steady"]) == "steady --eta 1"
-    assert len({row["test"] for row in rows}) > 12  # every training has a result of its own
-
-
-def test_samples(project, printed):
-    lines = [cells(line) for line in printed("samples") if line.startswith("| ")]
-    assert [row[:2] for row in lines[2:]] == [
-        [name, "700"] for name in ("train1", "train2", "test")
-    ]
-    for row, p_e in zip(lines[2:], (10, 40, 90), strict=True):
-        assert abs(float(row[-1].rstrip("%")) - p_e) < 8
-    image = looked_at(project / "data" / "figures" / "samples.png")
-    red, green, blue = (
-        channel.point(lambda level: 255 * (level > 150)) for channel in image.split()
-    )
-    for color, others in ((red, (green, blue)), (green, (red, blue))):
-        alone = ImageChops.subtract(color, ImageChops.add(*others))
-        assert alone.histogram()[255] > 1000
-    assert not ImageChops.subtract(blue, ImageChops.add(red, green)).getbbox()
-
-
-def test_samples_stand_below_their_labels(data):
-    samples = importlib.import_module("samples")
-    axes = samples.draw(data).axes
-    assert len(axes) == 3 * samples.COLUMNS
-    for place, axis in enumerate(axes):
-        env, index = divmod(place, samples.COLUMNS)
-        of_env = data.test if env == 2 else data.training[data.training.envs == env]
-        assert axis.get_title() == f"y = {int(of_env.labels[index])}"
-        shown = torch.from_numpy(axis.images[0].get_array().data)
-        assert torch.equal(shown[..., :2].movedim(2, 0), of_env.images[index])
-        assert not shown[..., 2].any()
-
-
-def test_paper_table(project, printed):
-    lines = [cells(line) for line in printed("paper_table") if line.startswith("| ")]
-    rows = read(project / "paper_table.csv")
-    of = {name: [float(r["accuracy"]) for r in rows if r["row"] == name] for name in PUBLISHED}
-    for line, (name, published) in zip(lines[2:], PUBLISHED.items(), strict=True):
-        assert len(of[name]) == 2 and of[name][0] != of[name][1]
-        spread = abs(of[name][0] - of[name][1]) / 2
-        assert line[:4] == [name, published, f"{fmean(of[name]):.1f} ± {spread:.1f}", "2"]
-    # After thirty steps ERM believes colour already, and the grayscale network can't.
-    assert max(of["ERM"]) < 40 < 50 < min(of["grayscale"])
-
-
-PUBLISHED = {"IRM": "66.9 ± 2.5", "ERM": "17.1 ± 0.6", "grayscale": "73.0 ± 0.4"}
-
-
-@pytest.mark.parametrize("row", PUBLISHED)
-def test_the_papers_protocol(monkeypatch, tmp_path, row):
-    """The network is the one that the paper's formulas give, written down once more."""
-    paper = importlib.import_module("paper_table")
+@pytest.mark.parametrize("row", ["IRM", "ERM", "grayscale"])
+def test_the_papers_protocol(module, monkeypatch, paper_data, row):
+    """Compare with the paper's formulas, written here a second time."""
+    paper = module("paper_table")
     monkeypatch.setattr(paper, "ANNEALED", 4)
     monkeypatch.setattr(paper, "REG_LAMBDA", 50.0)
-    draw_environments(tmp_path, seed=3, sizes=(300, 300, 200))
-    samples = load_dataset(tmp_path).training
     protocol = paper.PROTOCOLS[row]._replace(steps=8, hidden_dim=20)
-    ours = paper.paper_training(protocol, paper.paper_batch(samples, protocol.grayscale), seed=1)
+    ours = paper.paper_training(protocol, paper.paper_batch(paper_data), seed=1)
 
-    images = samples.images[:, :, ::2, ::2] / 255
+    images = paper_data.images[:, :, ::2, ::2] / 255
     images = images.amax(1).flatten(1) if protocol.grayscale else images.flatten(1)
     torch.manual_seed(1)
-    start = paper.PaperNetwork(196, images.shape[1] // 196, 20).phi
-    for layer in start[::2]:
+    start = paper.PaperNetwork(20, protocol.grayscale).phi
+    for layer in start[1::2]:
         bound = math.sqrt(6 / sum(layer.weight.shape))  # Glorot's
         assert 0.8 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
     parameters = list(start.parameters())
@@ -497,8 +569,8 @@ def test_the_papers_protocol(monkeypatch, tmp_path, row):
         risks, penalties = [], []
         logits = start(images).squeeze(1)
         for env in (0, 1):
-            chosen = samples.envs == env
-            logit, label = logits[chosen], samples.labels[chosen]
+            chosen = paper_data.envs == env
+            logit, label = logits[chosen], paper_data.labels[chosen]
             risks.append(F.binary_cross_entropy_with_logits(logit, label))
             slope = ((torch.sigmoid(logit) - label) * logit).mean()
             penalties.append(slope**2)
@@ -513,312 +585,67 @@ def test_the_papers_protocol(monkeypatch, tmp_path, row):
         optimizer.step()
     for name, weight in start.state_dict().items():
         assert torch.allclose(ours.phi.state_dict()[name], weight, atol=2e-5), name
-    assert len(ours.phi) == 5 and [layer.out_features for layer in ours.phi[::2]] == [20, 20, 1]
-
-
-def test_robustness(project, printed):
-    """Its crossbars are those of memristor.py with the same flags, plain and hardened."""
-    lines = printed("robustness")
-    rows = read(project / "robustness.csv")
-    found = {(r["kind"], r["condition"], r["pattern"]): float(r["accuracy"]) for r in rows}
-    for kind in ("plain", "hardened"):
-        log = printed(kind)
-        assert logged(log, "Test result")["Accuracy"] == found[kind, "digital", "0"] < 0.4
-        assert logged(log, "Crossbar test result")["Accuracy"] == found[kind, "20 % on", "1"]
-    conditions = {"digital", "crossbar", "20 % on", "2-bit ADCs"}
-    conditions |= {f"adc_resolution {bits}" for bits in (2, 3, 4, 5, 6, 8)}
-    assert {row["condition"] for row in rows} == conditions
-    assert len(rows) == 2 * (len(conditions) + 1)  # a second pattern of stuck devices
-    assert found["plain", "20 % on", "1"] != found["hardened", "20 % on", "1"]
-    plain = {condition: found["plain", condition, "0"] for condition in conditions}
-    assert plain["2-bit ADCs"] == plain["adc_resolution 2"] != plain["crossbar"]
-    assert plain["crossbar"] == plain["adc_resolution 8"]
-    assert plain["20 % on"] != found["plain", "20 % on", "1"]
-    tables = [cells(line) for line in lines if line.startswith("| ")]
-    assert tables[0] == ["trainer", "training", "digital", "crossbar", "20 % on", "2-bit ADCs"]
-    for row, kind in zip(tables[2:4], ("plain", "hardened"), strict=True):
-        both = [100 * found[kind, "20 % on", pattern] for pattern in "01"]
-        assert row[:2] == ["ERM", kind]
-        assert row[4] == f"{fmean(both):.1f} ({min(both):.1f})"
-    both = [100 * (found["plain", "digital", "0"] - found["plain", "20 % on", p]) for p in "01"]
-    assert tables[6][3] == f"{fmean(both):.1f} ({max(both):.1f})"
-    looked_at(project / "data" / "figures" / "robustness.png")
-
-
-def test_robustness_figure():
-    require_memtorch()
-    robustness = importlib.import_module("robustness")
-    rows, expected = [], {}
-    for kind, level in (("plain", 0.6), ("hardened", 0.7)):
-        rows.append(row_of(kind, 1, "digital", 0, level))
-        for value in robustness.CURVES["lrs_proportion"]:
-            for pattern in (0, 1):
-                accuracy = level - value / 2 - 0.05 * pattern
-                rows.append(row_of(kind, 1, f"lrs_proportion {value}", pattern, accuracy))
-        expected[kind] = [100 * (level - v / 2 - 0.025) for v in (0, 0.05, 0.1, 0.15, 0.2, 0.3)]
-    (axis,) = robustness.draw(rows, "IRM", ["lrs_proportion"]).axes
-    lines = {line.get_label(): line for line in axis.lines}
-    dashed = {line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == "--"}
-    assert dashed == {60, 70}
-    for kind, band in zip(("plain", "hardened"), axis.collections, strict=True):
-        assert lines[kind].get_ydata() == pytest.approx(expected[kind])
-        assert lines[kind].get_xdata() == pytest.approx([0, 5, 10, 15, 20, 30])
-        heights = band.get_paths()[0].vertices[:, 1]
-        assert heights.max() == pytest.approx(expected[kind][0] + 2.5)
-        assert heights.min() == pytest.approx(expected[kind][-1] - 2.5)
-
-
-def row_of(kind, repetition, condition, pattern, accuracy):
-    row = {"trainer": "IRM", "flags": "", "kind": kind, "repetition": repetition}
-    return row | {"condition": condition, "pattern": pattern, "accuracy": accuracy}
-
-
-def test_performance(printed):
-    lines = [cells(line) for line in printed("performance") if line.startswith("| ")]
-    ours, theirs, ratio, draw, no_draw, memtorch, converted = lines[2:]
-    assert ours[0].startswith("`exp-mnist.py --trainer IRM --repetitions 1 --grayscale")
-    seconds = [float(row[2].split()[0]) for row in (ours, theirs)]
-    # That one sleeps for a second; how much longer anything takes is the machine's affair.
-    assert seconds[1] > 0.9 and theirs[0].endswith("another (--against)")
-    assert float(ratio[1].split()[0]) == pytest.approx(seconds[0] / seconds[1], rel=0.2)
-    assert float(ours[3]) > 200 > float(theirs[3]) > 1  # MiB: torch, and a Python that sleeps
-    assert float(draw[2]) > float(no_draw[2])
-    total, parts = memtorch[2].split(" (")
-    times = [float(part) for part in parts.rstrip(")").split(" + ")]
-    assert len(times) == 3 and float(total) == pytest.approx(sum(times), abs=0.2)
-    assert min(times[:2]) > 0, memtorch
-    assert "20 samples" in memtorch[0] and "20 samples" in converted[0]
-    factor, whole = float(converted[1].removeprefix("1 / ")), float(converted[2].split(" (")[0])
-    assert factor == pytest.approx(float(total) / whole, rel=0.3), (memtorch, converted)
-    assert printed("performance")[-1].startswith("Machine: ")
-
-
-# Tables and figures
-
-
-TABLE = "number,trainer,protocol,repetition,test,unseen,commit\n"
-
-
-def numbers_table(path: Path, protocols=("letter", "steady")) -> Path:
-    """Numbers 1 to 3 with two repetitions; IRM to the letter has a number below 60 %."""
-    lines = []
-    for protocol in protocols:
-        for student in (1, 2, 3):
-            for trainer in ("groupDRO", "IRM"):
-                low = 0.1 if (trainer, protocol, student) == ("IRM", "letter", 2) else 0
-                for repetition in (1, 2):
-                    test = 0.6 + 0.02 * student + 0.01 * repetition - low
-                    unseen = test + 0.1
-                    values = (student, trainer, protocol, repetition, f"{test:.4f}")
-                    lines.append(",".join(map(str, (*values, f"{unseen:.4f}", "abc"))))
-    path.write_text(TABLE + "\n".join(lines) + "\n")
-    return path
-
-
-def test_report_and_figure_of_a_table(tmp_path, in_process):
-    table, figure = numbers_table(tmp_path / "numbers.csv"), tmp_path / "new" / "numbers.png"
-    result = in_process("student_numbers.py", "--from", table, "--figure", figure)
-    assert result.returncode == 0, result.stderr
-    rows = [cells(line) for line in result.stdout.splitlines() if line.startswith("| ")]
-    (row,) = [row for row in rows if row[:2] == ["IRM, letter", "test environment"]]
-    # 63.5, 55.5 and 67.5 %; of the six trainings the deviation is sqrt(mean of squares).
-    assert row[2:] == ["3", "62.2", "33.3%", "55.5 (0002)", "55.7 to 67.4", "55.0 (0002)", "5.0"]
-    (row,) = [row for row in rows if row[:2] == ["groupDRO, steady", "unseen digits"]]
-    assert row[2:6] == ["3", "75.5", "0.0%", "73.5 (0001)"]
-    looked_at(figure)
-
-    numbers = importlib.import_module("student_numbers")
-    rows = numbers.Table(table, numbers.COLUMNS).rows
-    axes = numbers.draw(rows, ["letter", "steady"]).axes
-    titles = [axis.get_title() for axis in axes]
-    assert len(axes) == 4 and "letter" in titles[0] and "--steady" in titles[2]
-    for axis in axes:
-        bars = [bar for bar in axis.patches if bar.get_height()]
-        assert sum(bar.get_height() for bar in bars) == 6  # three numbers, two trainers
-    worst = [text.get_text() for text in axes[0].texts]
-    assert worst[1] == "IRM, worst of 3:\nnumber 0002, 55.5 %"
-    lefts = [bar.get_x() for bar in axes[0].patches if bar.get_height()]
-    assert min(lefts) == 55.5 and max(lefts) == 67.5
-
-
-@pytest.mark.parametrize("text", ["number,trainer\n1,IRM\n", TABLE, TABLE + "x,IRM,l,1,2,3,\n"])
-def test_a_table_that_is_none_is_refused(tmp_path, in_process, text):
-    table = tmp_path / "numbers.csv"
-    table.write_text(text)
-    assert_one_line(in_process("student_numbers.py", "--from", table), table)
-
-
-def test_a_table_of_one_trainer_is_not_drawn(tmp_path, in_process):
-    table = numbers_table(tmp_path / "numbers.csv")
-    lines = table.read_text().splitlines(keepends=True)
-    table.write_text("".join(line for line in lines if "IRM,steady" not in line))
-    figure = tmp_path / "f.png"
-    result = in_process("student_numbers.py", "--from", table, "--figure", figure)
-    assert_one_line(result, table, "IRM, steady")
-    missing = tmp_path / "none.csv"
-    assert_one_line(in_process("student_numbers.py", "--from", missing), missing)
-    assert not missing.exists()
-
-
-@pytest.mark.parametrize(
-    "script", ["student_numbers.py", "results.py", "paper_table.py", "robustness.py"]
-)
-def test_a_longer_table_is_never_replaced(tmp_path, in_process, script):
-    if script == "robustness.py":
-        require_memtorch()
-    module = importlib.import_module(script.removesuffix(".py"))
-    table = tmp_path / "table.csv"
-    blank = ",".join("1" for _ in module.COLUMNS)
-    text = "\n".join([",".join(module.COLUMNS), *[blank] * 1000]) + "\n"
-    table.write_text(text)
-    result = in_process(script, "--table", table, *SHORT[script])
-    assert_one_line(result, table, "1000 rows", "--resume")
-    assert table.read_text() == text
-
-
-def test_a_table_is_written_as_its_rows_come(tmp_path):
-    jobs = importlib.import_module("jobs")
-    path, columns = tmp_path / "t.csv", {"number": int, "value": float}
-    table = jobs.Table(path, columns, resume=False)
-    table.add([{"number": 10, "value": 0.1}])
-    table.add([{"number": 9, "value": 0.25}])
-    assert path.read_text() == "number,value\n9,0.25\n10,0.1\n"
-    assert jobs.Table(path, columns).rows == table.rows
-    fresh = jobs.Table(path, columns, resume=False)
-    fresh.expect(2)
-    fresh.add([{"number": 1, "value": 1.0}])
-    assert path.read_text() == "number,value\n9,0.25\n10,0.1\n"  # until the new one is as long
-    fresh.add([{"number": 2, "value": 2.0}])
-    assert path.read_text() == "number,value\n1,1.0\n2,2.0\n"
-
-
-def test_the_commit_is_named(tmp_path, monkeypatch):
-    jobs = importlib.import_module("jobs")
-    monkeypatch.setattr(jobs, "ROOT", tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert jobs.commit() == ""
-    if not shutil.which("git"):
-        pytest.skip("there is no git")
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
-    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
-    assert len(jobs.commit()) >= 7 and head.startswith(jobs.commit())
-    (tmp_path / "table.csv").touch()
-    assert not jobs.commit().endswith("+")
-    (tmp_path / "my_losses.py").touch()  # code that is in no commit
-    assert jobs.commit().endswith("+") and head.startswith(jobs.commit()[:-1])
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "second"], check=True)
-    assert not jobs.commit().endswith("+")
-    (tmp_path / "my_losses.py").write_text("changed = True\n")
-    assert jobs.commit().endswith("+")
-
-
-# What can't be run is refused before anything is. Where it isn't, these are soon at an end.
-
-SHORT = {
-    "curves.py": ("--iteration", 1),
-    "paper_table.py": ("--draws", 1, "--steps", 1),
-    "performance.py": ("--runs", 1, "--iteration", 1, "--test_samples", 2),
-    "results.py": ("--seeds", 5, "--rows", "IRM", "--iteration", 1),
-    "robustness.py": ("--repetitions", 1, "--trainers", "IRM", "--conditions", "crossbar")
-    + ("--curves", "adc_resolution", "--iteration", 1),
-    "samples.py": (),
-    "student_numbers.py": ("--only", 42, "--iteration", 1),
-}
-
-
-@pytest.mark.parametrize(
-    ("script", "flag"),
-    [
-        ("student_numbers.py", "--trainer=IRM"),
-        ("student_numbers.py", "--seed=5"),
-        ("student_numbers.py", "--dataset_path=d"),
-        ("results.py", "--trainer=IRM"),
-        ("results.py", "--seed=5"),
-        ("results.py", "--steady"),
-        ("curves.py", "--trainer=IRM"),
-        ("curves.py", "--dataset_path=d"),
-        ("curves.py", "--validation=0"),
-        ("curves.py", "--save_model=d"),
-        ("student_numbers.py", "--save_model=d"),
-        ("results.py", "--save_model=d"),
-        ("robustness.py", "--dataset_path=typo"),
-        ("robustness.py", "--trainer=IRM"),
-        ("performance.py", "--dataset_path=d"),
-        ("performance.py", "--against=nowhere"),
-    ],
-)
-def test_a_script_refuses_what_it_sets_itself(in_process, script, flag):
-    if script in ("robustness.py", "performance.py"):
-        require_memtorch()
-    assert_one_line(in_process(script, *SHORT[script], flag), flag.split("=")[0])
-
-
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "samples.py"])
-def test_a_mistake_in_a_trainings_flags_is_found_first(in_process, script):
-    if script in ("robustness.py", "performance.py"):
-        require_memtorch()
-    assert_refused(in_process(script, *SHORT[script], "--itteration", "20"), "--itteration")
-
-
-@pytest.mark.parametrize("flag", ["--figure", "--table"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_file_that_cannot_be_written_is_found_first(in_process, tmp_path, script, flag):
-    if script in ("robustness.py", "performance.py"):
-        require_memtorch()
-    (tmp_path / "file").touch()
-    if flag in in_process(script, "--help").stdout:
-        for path in (tmp_path, tmp_path / "file" / "name"):
-            assert_one_line(in_process(script, *SHORT[script], flag, path), path)
-
-
-@pytest.mark.parametrize("script", ["paper_table.py", "performance.py"])
-def test_no_gpu_is_said_first(in_process, script):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    if script == "performance.py":
-        require_memtorch()
-    assert_one_line(in_process(script, *SHORT[script], "--cuda"), "--cuda", "GPU")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-@pytest.mark.parametrize("row", PUBLISHED)
-def test_the_papers_protocol_on_a_gpu(tmp_path, row):
-    paper = importlib.import_module("paper_table")
-    draw_environments(tmp_path, seed=3, sizes=(300, 300, 200))
-    samples = load_dataset(tmp_path).training
-    protocol = paper.PROTOCOLS[row]._replace(steps=8, hidden_dim=20)
-    batch = paper.paper_batch(samples, protocol.grayscale)
-    on_gpu = paper.paper_batch(samples.to("cuda"), protocol.grayscale)
-    network = paper.paper_training(protocol, on_gpu, seed=1)
-    assert all(value.is_cuda for value in (*network.parameters(), *on_gpu.images))
+def test_the_papers_protocol_on_a_gpu(module, paper_data):
+    paper = module("paper_table")
+    protocol = paper.PROTOCOLS["IRM"]._replace(steps=8, hidden_dim=20)
+    batch = paper.paper_batch(paper_data)
+    network = paper.paper_training(protocol, paper.paper_batch(paper_data.to("cuda")), seed=1)
+    assert all(parameter.is_cuda for parameter in network.parameters())
     expected = paper.paper_training(protocol, batch, seed=1)(batch.images)
-    assert torch.allclose(network(on_gpu.images).cpu(), expected, atol=1e-3)
+    assert torch.allclose(network.cpu()(batch.images), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_of_every_script(in_process, script):
-    if script in ("robustness.py", "performance.py"):
-        require_memtorch()
-    text = in_process(script, "--help").stdout
-    module = importlib.import_module(script.removesuffix(".py"))
-    assert text.startswith(f"usage: {script}") and module.__doc__.split("\n")[0] in text
-    assert f"python benchmarks/{script}" in text
+def test_paper_table_without_a_gpu(in_process):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert_one_line(in_process("paper_table", "--cuda"), "--cuda", "GPU")
 
 
-def test_a_default_run_replaces_no_figure_of_the_projects(monkeypatch, in_process):
-    """Where figures and tables go without flags is a folder that git ignores."""
-    jobs = importlib.import_module("jobs")
-    parser = jobs.script_parser("", "f.png", "t.csv")
-    args = parser.parse_args([])
-    assert args.figure.parent == args.table.parent == ROOT / "data" / "figures"
-    if shutil.which("git") and (ROOT / ".git").exists():
-        subprocess.run(["git", "-C", str(ROOT), "check-ignore", "-q", args.figure], check=True)
+def test_performance(run, module, monkeypatch):
+    performance = module("performance")
+    monkeypatch.setattr(performance, "products", lambda count: time.sleep(0.1))
+    flags = ("--repetitions", 1, "--iteration", 1, "--grayscale", "--hidden_dim", 2)
+    out, _ = run("performance", "--runs", 1, *flags)
+    command, generation, theirs, ours = cells(out)[1:]
+    assert command[0].startswith("`exp-mnist.py --trainer IRM --no_cuda --repetitions 1")
+    seconds = float(command[2].split()[0])
+    assert float(command[1].split()[0]) == pytest.approx(seconds / 0.1, rel=0.1)
+    assert float(command[3]) > 200 and float(generation[2]) < seconds
+    parts = [float(part) for part in theirs[2].split("(")[1].rstrip(")").split(" + ")]
+    assert float(theirs[2].split()[0]) == pytest.approx(sum(parts), abs=0.02)
+    assert ours[1].startswith("1 / ") and out.splitlines()[-1].startswith("Machine: ")
 
 
-def test_unseen_digits_are_tested_on(data):
-    """What the column "unseen" is: never the digits of any environment."""
-    unseen = unseen_samples()
-    assert len(unseen) == 10000 and not torch.equal(unseen.images[:700], data.test.images[:700])
+def test_samples(run, module):
+    out, _ = run("samples", "--seed", 5)
+    assert [line[:2] for line in cells(out)[1:]] == [
+        [name, "200"] for name in ("train1", "train2", "test")
+    ]
+    samples = module("samples")
+    data = module("jobs").fresh_data(5)
+    axes = samples.draw(data).axes
+    for place, axis in enumerate(axes):
+        env, index = divmod(place, samples.COLUMNS)
+        of_env = samples.environment(data, env)
+        assert axis.get_title() == f"y = {int(of_env.labels[index])}"
+        shown = torch.from_numpy(axis.images[0].get_array().data)
+        assert torch.equal(shown[..., :2].movedim(2, 0), of_env.images[index])
+
+
+def test_document_recipe(run, module):
+    recipe = module("document_recipe")
+    data = module("jobs").fresh_data(5, **recipe.GENERATION)
+    train1 = data.training[data.training.envs == 0]
+    balanced = recipe.balanced(train1)
+    for color in (0, 1):
+        of_color = balanced[balanced.colors == color]
+        assert of_color.labels.mean() == 0.5
+        for label in (0, 1):
+            group = train1[(train1.colors == color) & (train1.labels == label)]
+            repeated = of_color[of_color.labels == label]
+            assert same(repeated[: len(group)], group)
+    out, _ = run("document_recipe", "--epochs", 2)
+    assert [line[0] for line in cells(out)[1:]] == ["1", "2"]
