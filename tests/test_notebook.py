@@ -1,11 +1,11 @@
-"""The course project's notebook: the saved one is whole, and it still runs, shortened."""
+"""The course project's notebook: the saved one is complete, and it runs, shortened."""
 
 import importlib
 import json
-import math
 import re
 import subprocess
 import sys
+from statistics import fmean
 
 import nbformat
 import pytest
@@ -14,22 +14,24 @@ from conftest import ROOT, require_memtorch
 from nbclient import NotebookClient
 
 import preprocessing
-from dataset import load_dataset
-from model import IRM, MLP
-from trainer import Watched, evaluate, predict, train
+from dataset import load_data
+from trainer import evaluate, train_repetition, training_parser
 
 PATH = ROOT / "notebooks" / "course_project.ipynb"
 
-# Put in after the cell of the parameters: so few steps and images that all takes seconds.
+# Inserted after the parameters: few digits and few steps.
 SHORT = """
 default_folder, data_folder = data_folder, Path({folder!r})
-iteration, batch_size, curve_steps, curve_images = 4, 64, 2, 20
-unseen_images, as_it_comes_images, crossbar_images, broken_images = 200, 20, 40, 40
-broken_calibration, hardening_mlp, hardening_cnn = 10, 1, 1
+generate_environments = partial(generate_environments, sizes=(60, 60, 60))
+for settings in protocol.values():
+    settings |= {{"iteration": 4, "batch_size": 64}}
+repetitions, curve_steps, curve_images, calibration_count = 2, 2, 20, 10
+cnn_images, as_it_comes_images = 40, 20
+hardening_steps = {{"MLP": 1, "CNN": 1}}
 stuck_on, patterns = (0.0, 0.1), 1
-pd.set_option("display.width", 500)  # each row of a table in a line
+pd.set_option("display.width", 500)  # one line for each row of a table
 """
-# Put in at the end.
+# Appended.
 REPORT = """
 import json
 print(json.dumps({
@@ -37,11 +39,8 @@ print(json.dumps({
     "default_folder": str(default_folder),
     "by_hand": by_hand.tolist(),
     "by_backdoor": by_backdoor.tolist(),
-    "phi": phi.tolist(),
-    "steps": {name: list(curve.index) for name, curve in curves.items()},
     "results": results,
-    "groups": groups,
-    "test_accuracy": {name: evaluate(net, data.test)["Accuracy"] for name, net in networks.items()},
+    "curves": [[*key, list(repeated[0])] for key, repeated in curves.items()],
 }))
 """
 
@@ -58,28 +57,27 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def texts(cell):
-    """What a cell printed or showed, as text."""
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def text(notebook, cell_id):
+    """Return the printed text and the tables of a cell."""
+    (cell,) = [cell for cell in notebook.cells if cell.id == cell_id]
     shown = [
         output.get("text", output.get("data", {}).get("text/plain", "")) for output in cell.outputs
     ]
     return "\n".join(shown)
 
 
-def cell_with(notebook, words):
-    """The only code cell with these words in it."""
-    (cell,) = [cell for cell in code_cells(notebook) if words in cell.source]
-    return cell
-
-
-def rows_of(cell, numbers):
-    """The rows of the table that a cell shows, name → its numbers."""
-    rows = {}
-    for line in texts(cell).splitlines():
-        name, *cells = line.rsplit(None, numbers) or [""]
-        if len(cells) == numbers and all(re.fullmatch(r"-?\d+\.\d+", number) for number in cells):
-            rows[name] = [float(number) for number in cells]
-    return rows
+def table(notebook, cell_id, columns):
+    """Return the rows of numbers in the output of a cell, without the index."""
+    rows = [line.split()[-columns:] for line in text(notebook, cell_id).splitlines()]
+    return [
+        [float(value) for value in row]
+        for row in rows
+        if len(row) == columns and all(re.fullmatch(r"-?\d+\.\d+", value) for value in row)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +86,14 @@ def saved():
 
 
 @pytest.fixture(scope="module")
-def executed(small_files):
-    """The notebook after a shortened run from its own folder, without the crossbar if need be."""
+def folder(tmp_path_factory):
+    """The folder that the shortened run generates its data in."""
+    return tmp_path_factory.mktemp("notebook") / "course_project"
+
+
+@pytest.fixture(scope="module")
+def executed(folder):
+    """The notebook after a shortened run in its own folder, without MemTorch if it is missing."""
     notebook = nbformat.read(PATH, as_version=4)
     if not has_memtorch():
         notebook.cells = [
@@ -97,51 +101,50 @@ def executed(small_files):
         ]
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
-    (parameters,) = [
-        index
-        for index, cell in enumerate(notebook.cells)
-        if "parameters" in cell.metadata.get("tags", [])
-    ]
-    shorter = nbformat.v4.new_code_cell(SHORT.format(folder=str(small_files.parent)))
+    (parameters,) = [index for index, cell in enumerate(notebook.cells) if cell.id == "parameters"]
+    shorter = nbformat.v4.new_code_cell(SHORT.format(folder=str(folder)))
     notebook.cells.insert(parameters + 1, shorter)
-    notebook.cells.append(nbformat.v4.new_code_cell(REPORT))
+    notebook.cells.append(nbformat.v4.new_code_cell(REPORT, id="report"))
     before = sorted(PATH.parent.iterdir())
     resources = {"metadata": {"path": str(PATH.parent)}}
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
-    assert sorted(PATH.parent.iterdir()) == before  # no data, nor anything else, in its folder
+    assert sorted(PATH.parent.iterdir()) == before  # it writes nothing beside itself
     return notebook
 
 
 @pytest.fixture(scope="module")
 def report(executed):
-    return json.loads(texts(executed.cells[-1]))
+    return json.loads(text(executed, "report"))
 
 
-def test_the_saved_notebook_is_executed_and_whole(saved):
+def test_the_saved_notebook_is_executed_and_complete(saved):
     assert PATH.stat().st_size < 1e6
-    cells = code_cells(saved)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
-    assert "0.3597" in texts(cell_with(saved, "by_hand ="))
+    counts = [cell.execution_count for cell in code_cells(saved)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs(saved) if output.output_type == "error"]
+    assert not [output for output in outputs(saved) if output.get("name") == "stderr"]
+    assert sum("image/png" in output.get("data", {}) for output in outputs(saved)) == 4
+    for cell_id in ("data", "population", "table", "crossbar", "memtorch", "hardening", "damage"):
+        assert text(saved, cell_id)
     prose = "\n".join(cell.source for cell in saved.cells if cell.cell_type == "markdown")
     assert re.findall(r"^## (\d)\. ", prose, re.MULTILINE) == list("123456")
+    for number in ("0.3242", "0.6758"):
+        assert number in prose and number in text(saved, "population")
+    assert "Watched" not in nbformat.writes(saved)
 
 
-def test_the_saved_notebook_is_of_no_machine(saved):
-    """No shell commands or magics, and no path of the machine that it was executed on."""
+def test_the_saved_notebook_has_no_paths_and_no_shell_commands(saved):
     for cell in saved.cells:
-        shown = cell.source + (texts(cell) if cell.cell_type == "code" else "")
-        assert not re.search(r"/(home|root|tmp|work|Users|mnt)/", shown)
+        shown = cell.source
         if cell.cell_type == "code":
+            shown += text(saved, cell.id)
             assert not re.search(r"^\s*[!%]", cell.source, re.MULTILINE)
+        assert not re.search(r"/(home|root|tmp|work|Users|mnt)/", shown)
 
 
-def test_its_imports_work_from_the_projects_root(saved):
-    first, second = [cell.source for cell in code_cells(saved)[:2]]
-    code = f"{first}\n{second}\nprint(preprocessing.__file__)"
+def test_its_imports_work_from_the_root_of_the_project(saved):
+    code = "\n".join(cell.source for cell in code_cells(saved)[:2])
+    code += "\nimport preprocessing\nprint(preprocessing.__file__)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -149,74 +152,86 @@ def test_its_imports_work_from_the_projects_root(saved):
 
 
 def test_every_cell_runs(executed, report):
-    cells = code_cells(executed)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output for output in outputs if output.get("name") == "stderr"]
+    counts = [cell.execution_count for cell in code_cells(executed)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs(executed) if output.get("name") == "stderr"]
     assert report["prefix"] == sys.prefix  # the kernel is this interpreter
-    assert report["default_folder"] == str(preprocessing.DATA)
 
 
-def test_the_exact_population(executed, report):
-    """P(y = 1 | do(x)) of train1 for the digits 0-4 and 5-9, and why P(x) is a slip."""
-    assert report["by_hand"] == pytest.approx([0.3597, 0.6403], abs=5e-5)
+def test_it_generates_the_course_projects_data_in_its_own_folder(executed, report, folder):
+    record = torch.load(folder / "ColoredMNIST" / "train1.pt", weights_only=True)
+    assert (record["p_f"], record["p_e"]) == (0.25, [0.2, 0.1, 0.9])
+    assert str(preprocessing.DATA / "course_project") in report["default_folder"]
+
+
+def test_the_exact_population_by_hand_and_by_backdoor(report):
+    assert report["by_hand"] == pytest.approx([0.3242, 0.6758], abs=5e-5)
     assert report["by_backdoor"] == pytest.approx(report["by_hand"], abs=1e-5)
-    assert report["phi"] == pytest.approx([-math.log(4), math.log(4)])
-    sums = rows_of(cell_with(executed, "with_p_x ="), 2)
-    assert sums == {"2 classes, P(x) = 1/2": [1, 1], "10 digits, P(x) = 1/10": [0.2, 1]}
 
 
-def test_the_table_of_labels_and_colours(executed, small_files):
-    test = load_dataset(small_files.parent).test
-    last_line = texts(cell_with(executed, "colour = label")).splitlines()[-1].split()
-    red = int(test.colors[test.labels == 1].sum())
-    green = int((test.labels == 1).sum()) - red
-    assert last_line == ["1", str(green), str(red), f"{red / (red + green):.1%}"]
+def test_the_trainings_are_the_same_as_on_the_command_line(report, folder):
+    data = load_data(folder)
+    for network, method in (("MLP", "IRM"), ("CNN", "Backdoor")):
+        flags = f"--network {network} --trainer {method} --iteration 4 --batch_size 64"
+        args = training_parser().parse_args(flags.split())
+        trained, *_ = train_repetition(args, data, 1, report=lambda step: None)
+        first = next(
+            result
+            for result in report["results"]
+            if (result["network"], result["method"]) == (network, method)
+        )
+        assert first["test accuracy"] == pytest.approx(evaluate(trained, data.test)["Accuracy"])
 
 
-def test_the_trainings(report):
-    names = ["ERM, MLP", "Backdoor, MLP", "ERM, CNN", "Backdoor, CNN"]
-    assert report["steps"] == {name: [0, 2, 4] for name in names}
-    for name in names:
-        found = report["results"][name]
-        assert found["test"] == pytest.approx(report["test_accuracy"][name])
-        assert found["worst group"] == min(report["groups"][name].values())
-        assert all(0 <= value <= 1 for value in found.values())
+def test_the_table_of_the_trainings(executed, report):
+    methods = ["ERM", "groupDRO", "IRM", "Backdoor", "balancing", "ERM, grayscale"]
+    expected = [["MLP", method] for method in methods]
+    methods = ["ERM", "Backdoor", "balancing", "Backdoor, train1 only", "balancing, train1 only"]
+    expected += [["CNN", method] for method in methods]
+    assert [curve[:2] for curve in report["curves"]] == expected
+    assert all(steps == [2, 4] for _, _, steps in report["curves"])
+
+    means = {}
+    for network, method in expected:
+        accuracies = [
+            100 * result["test accuracy"]
+            for result in report["results"]
+            if [result["network"], result["method"]] == [network, method]
+        ]
+        assert len(accuracies) == {"MLP": 2, "CNN": 1}[network]
+        means[network, method] = fmean(accuracies)
+    shown = text(executed, "table")
+    told, not_told = (float(number) for number in re.findall(r"([\d.]+) %", shown))
+    names = ["Backdoor", "balancing"]
+    assert told == pytest.approx(min(means["MLP", name] for name in names), abs=0.051)
+    names = ["ERM", "groupDRO", "IRM"]
+    assert not_told == pytest.approx(max(means["MLP", name] for name in names), abs=0.051)
 
 
-def test_the_crossbar_sections(executed):
+def test_the_sections_on_crossbars(executed):
     require_memtorch()
-    digital, moved, as_it_comes = rows_of(cell_with(executed, "patch_model"), 3).values()
-    assert digital[1:] == [100, 1] and moved[1] >= 95 and 0.9 < moved[2] < 1.1
-    assert not 0.9 < as_it_comes[2] < 1.1
-    # In MemTorch's a logit depends on the batch, in this project's it does not.
-    rows = rows_of(cell_with(executed, "among 20"), 2)
-    assert rows["to_crossbar"] == pytest.approx([rows["digital"][0]] * 2, abs=0.02)
-    alone, among_others = rows["MemTorch as it comes"]
-    assert abs(alone - among_others) > 0.01
-    # Sound crossbars decide as the digital networks do.
-    for line in texts(cell_with(executed, "accuracies.mean()")).splitlines()[2:]:
-        digital, sound, broken = re.findall(r"([\d.]+) \(", line)
-        assert float(sound) == pytest.approx(float(digital), abs=5)
-        assert 0 <= float(broken) <= 100
+    mapped = table(executed, "crossbar", 3)
+    assert len(mapped) == 2
+    for digital, crossbar, same_prediction in mapped:
+        assert crossbar == pytest.approx(digital, abs=5) and same_prediction >= 95
 
+    # In MemTorch a logit depends on the batch. In `to_crossbar` it does not.
+    digital, ours, as_it_comes = table(executed, "memtorch", 5)
+    assert digital[1:3] == [100, 1] and ours[2] == pytest.approx(1, abs=0.1)
+    assert digital[3] == digital[4] and ours[3] == ours[4]
+    assert ours[3] == pytest.approx(digital[3], abs=0.02)
+    assert abs(as_it_comes[3] - as_it_comes[4]) > 0.001
 
-def test_a_watched_training_is_the_same(small_files):
-    """Bit for bit, although it is evaluated in between and drops hidden units at random."""
-    data = load_dataset(small_files.parent)
-    logits, noted = [], []
-    for watched in (False, True):
-        torch.manual_seed(0)
-        network, loss = MLP(drop_rate=0.5), IRM()
+    costs = table(executed, "hardening", 3)
+    assert len(costs) == 6
+    for plain, limited, hardened in (costs[:3], costs[3:]):
+        assert plain[2] == 1 and min(limited[2], hardened[2]) > 1
+        assert max(limited[0], hardened[0]) < plain[0]
 
-        def note(steps, network=network):
-            noted.append((steps, evaluate(network, data.test)["Accuracy"]))
-
-        watching = Watched(loss, 2, note) if watched else loss
-        train(network, watching, data.training, iteration=5, batch_size=32)
-        assert not loss.training
-        logits.append(predict(network, data.test))
-    assert torch.equal(*logits)
-    assert [steps for steps, _ in noted] == [0, 2, 4]
-    assert len({accuracy for _, accuracy in noted}) > 1
+    damaged = [
+        re.findall(r"([\d.]+) \(([\d.]+)\)", line) for line in text(executed, "damage").splitlines()
+    ]
+    damaged = [row for row in damaged if row]
+    assert len(damaged) == 6 and all(len(row) == 2 for row in damaged)
+    for row, (_, crossbar, _) in zip((damaged[0], damaged[3]), mapped, strict=True):
+        assert float(row[0][0]) == pytest.approx(crossbar, abs=0.051)
