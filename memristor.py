@@ -82,7 +82,7 @@ def program(
         device: the nominal device
         draws: source of randomness for `device_variability`
 
-    The other arguments are those of `to_crossbar`.
+    For the other arguments, see `to_crossbar`.
     """
     crossbars = []
     for conductances in naive_map(weight, device.r_on, device.r_off, Scheme.DoubleColumn):
@@ -221,7 +221,7 @@ class CrossbarLayer(nn.Module):
         self.offset = wanted.mean(0) - self.gain * currents.mean(0)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return the layer's outputs, of the same shape as those of the digital layer."""
+        """Return the layer's outputs, in the shape of the digital layer's outputs."""
         outputs = self.currents(self.rows(inputs)) * self.gain + self.offset
         if self.kernel_size is None:
             return outputs.unflatten(0, inputs.shape[:-1])
@@ -431,8 +431,8 @@ def memristor_parser() -> argparse.ArgumentParser:
         "--load_model",
         type=os.path.expanduser,
         metavar="DIR",
-        help="folder of --save_model: load its networks instead of training; the flags that made "
-        "them replace those of the command line",
+        help="folder of --save_model: load its networks instead of training; their training flags "
+        "override the command line",
     )
     add(
         "--harden",
@@ -513,7 +513,7 @@ def load_models(folder: str) -> tuple[list[Network], argparse.Namespace]:
 
 
 def use_arguments_of_model(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Replace the arguments of training by those of a saved network. Warn if one was given."""
+    """Replace the training arguments by a saved network's arguments. Warn if one was given."""
     ignored = []
     defaults = training_parser().parse_args([])
     for name, value in model_arguments(saved).items():

@@ -260,7 +260,7 @@ def load_model(path: str | Path) -> tuple[Network, Loss, argparse.Namespace]:
     """Load a saved network, on the CPU and in evaluation mode.
 
     Returns:
-        the network, its loss, and the default arguments with those of the file in their place
+        the network, its loss, and its arguments (defaults for all that the file does not have)
 
     Raises:
         UserError: the file cannot be read, or it is not a saved network

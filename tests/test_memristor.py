@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_one_line, assert_refused, require_memtorch
 from torch import nn
+from torch.nn.utils import parametrize
 
 memtorch = require_memtorch()
 
@@ -549,6 +550,13 @@ def test_the_gradient_ignores_limit_and_damage():
     assert torch.equal(weight.grad, factors)
 
 
+def assert_limited(weight):
+    """Assert that many weights are at the limit, and that no devices are stuck."""
+    magnitudes = weight.abs()
+    assert (magnitudes > 0.999 * magnitudes.max()).float().mean() > 0.1
+    assert (magnitudes == 0).float().mean() < 0.01
+
+
 def test_a_hardened_network_keeps_its_accuracy_on_damaged_crossbars(data):
     """The README has the measurements of a whole training. This one is short."""
     torch.manual_seed(0)
@@ -556,10 +564,8 @@ def test_a_hardened_network_keeps_its_accuracy_on_damaged_crossbars(data):
     weights = copy.deepcopy(network)
     hardened = harden(network, data.training, iteration=150, batch_size=512)
     assert same_weights(network, weights)
-    for layer in (hardened.phi[1], hardened.phi[3]):  # limited, and without stuck devices
-        magnitudes = layer.weight.abs()
-        assert (magnitudes > 0.999 * magnitudes.max()).float().mean() > 0.1
-        assert (magnitudes == 0).float().mean() < 0.01
+    for layer in (hardened.phi[1], hardened.phi[3]):
+        assert_limited(layer.weight)
     test = data.test[:5000]
     plain, digital = (evaluate(each, test)["Accuracy"] for each in (network, hardened))
     assert plain > 0.7 and digital > plain - 0.02
@@ -599,19 +605,31 @@ def test_hardening_is_erm_on_the_networks_predictions_in_both_colours(data):
         assert same_weights(hardened, expected) and not same_weights(hardened, network)
 
 
-def test_arguments_of_hardening_change_the_network(data):
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [({}, (0.7, 0.2, 0.25)), ({"limit": 0.5, "stuck_on": 0.1, "stuck_off": 0.3}, (0.5, 0.1, 0.3))],
+)
+def test_hardening_trains_with_stuck_devices(given, arguments, data):
+    """The arguments reach each layer. The hardened weights are limited, but not damaged."""
+    torch.manual_seed(0)
     network, part = MLP(hidden_dim=(8,)), data.training[::400]
-    weights = []
-    for arguments in ({}, {"limit": 0.5}, {"stuck_on": 0.1}, {"stuck_off": 0.1}):
-        torch.manual_seed(0)
-        weights.append(harden(network, part, iteration=2, **arguments).phi[1].weight)
-    assert not any(torch.equal(weights[0], other) for other in weights[1:])
+    both = concatenate([part, part.recolored()])
+    expected = copy.deepcopy(network)
+    for layer in (expected.phi[1], expected.phi[3]):
+        parametrize.register_parametrization(layer, "weight", StuckDevices(*arguments))
+    torch.manual_seed(1)
+    pseudo_labels = (predict(network, both) > 0).float()
+    train(expected, ERM(), dataclasses.replace(both, labels=pseudo_labels), iteration=3)
+    torch.manual_seed(1)
+    hardened = harden(network, part, iteration=1, **given)
+    for index in (1, 3):
+        assert torch.equal(hardened.phi[index].weight, expected.phi[index].weight)
 
 
 def test_a_cnn_can_be_hardened(networks, data):
     hardened = harden(networks["CNN"], data.training[:200], iteration=2, batch_size=16)
-    assert type(hardened.phi[0]) is nn.Conv2d
-    assert not torch.equal(hardened.phi[0].weight, networks["CNN"].phi[0].weight)
+    for layer in (hardened.phi[0], hardened.phi[3], hardened.phi[7]):
+        assert_limited(layer.weight)
     crossbar = to_crossbar(hardened, images_of(data.training, 50), lrs_proportion=0.1)
     assert predict(crossbar, data.test[:20]).isfinite().all()
 

@@ -16,6 +16,7 @@ from conftest import ROOT, assert_one_line, assert_refused, same
 from torch import nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+import preprocessing
 import register
 import trainer
 from dataset import MEAN, STD, ColoredMNIST, Samples, load_data
@@ -337,14 +338,14 @@ def test_losses_of_the_wrong_kind_are_refused(small):
 def test_a_repetition_by_hand(small):
     """Its seed gives the hold-out, then the initial weights, then the minibatches."""
     args = parse("--seed", 7, "--trainer", "groupDRO", "--iteration", 5, "--batch_size", 40)
-    steps = []
+    args.evaluation_steps, steps = 2, []
     ours, loss, training, validation = train_repetition(args, small, 2, report=steps.append)
     torch.manual_seed(7001)
     order = torch.randperm(120)
     assert same(validation, small.training[order[:24]])
     assert same(training, small.training[order[24:]])
     assert_equal(ours, by_hand(MLP(), GroupDRO(), training, 5, 40))
-    assert isinstance(loss, GroupDRO) and loss.q.tolist() != [0.5, 0.5] and steps == []
+    assert isinstance(loss, GroupDRO) and loss.q.tolist() != [0.5, 0.5] and steps == [2, 4]
 
 
 def test_repetitions_are_independent_and_can_be_repeated(small):
@@ -501,6 +502,16 @@ def test_a_flag_of_another_trainer_or_network_gives_a_warning(quick, used, unuse
     assert quick(*used, "--eta", 0.05).stderr == ""  # the default
 
 
+def test_the_first_run_generates_the_data_with_its_seed(quick, mnist, tmp_path, monkeypatch):
+    images, digits = (part[:180].numpy() for part in mnist)
+    np.savez(tmp_path / "mnist.npz", x_train=images, y_train=digits)
+    monkeypatch.setattr(preprocessing, "DATA", tmp_path)
+    first, second = (quick("--dataset_path", tmp_path, "--seed", 5) for _ in range(2))
+    assert first.stdout == second.stdout and ", seed 5\n" in first.stdout
+    summary(first)
+    assert first.stderr == second.stderr == ""
+
+
 def test_data_of_another_seed_give_a_warning(quick, small_files):
     result = quick("--seed", 4)
     summary(result)
@@ -591,9 +602,10 @@ def test_a_process_on_an_ascii_terminal(command, quick, small_files):
 def test_a_user_id_without_a_name(command, small_files):
     """torch asks for the user's name, for example in a container run with --user 12345.
 
-    The effective user stays root, so that the process can read the project.
+    The effective user stays root, so that the process can read the project. With the last of the
+    variables, which earlier trainings in this process set, torch does not ask.
     """
-    names = ("USER", "LOGNAME", "LNAME", "USERNAME")
+    names = {"USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR"}
     nameless = {name: value for name, value in os.environ.items() if name not in names}
     arguments = ("--dataset_path", small_files.parent, "--no_cuda", "--seed", 3, "--iteration", 1)
     result = command(
