@@ -24,11 +24,11 @@ from preprocessing import (
 
 MEAN, STD = 0.1307, 0.3081  # of value / 255 in the red and green channels; blue is always 0
 EVALUATION_BATCH_SIZE = 2000
-UNSEEN_SEED = 10000  # no student ID ends in it
+UNSEEN_SEED = 10000  # above the last four digits of every student ID
 
 
 class Batch(NamedTuple):
-    """Samples as networks and losses take them."""
+    """A batch of normalised samples, the input of networks and losses."""
 
     images: Tensor  # (N, 2, 28, 28) float32, normalised red and green channels
     labels: Tensor  # (N,) float32, y: 0 or 1
@@ -68,7 +68,7 @@ class Samples:
         return Samples(self.images.flip(1), self.labels, 1 - self.colors, self.envs)
 
     def batch(self) -> Batch:
-        """Return all samples as one batch: (value / 255 − mean) / std."""
+        """Return all samples as one batch, with images (value / 255 − mean) / std."""
         images = self.images.float().div_(255).sub_(MEAN).div_(STD)
         return Batch(images, self.labels, self.colors, self.envs)
 
@@ -102,7 +102,7 @@ class Dataset(NamedTuple):
     test: Samples
     folder: Path
     description: str  # for the log
-    seed: int | None  # that generated the data, None for other files than the project's
+    seed: int | None  # seed that generated the data, None for the course's files
 
     def to(self, device: str | torch.device) -> "Dataset":
         """Return the same data on a device."""
@@ -114,11 +114,11 @@ class Dataset(NamedTuple):
     def hold_out(self, fraction: float) -> tuple[Samples, Samples | None]:
         """Split the training samples at random into training and validation samples.
 
-        At least one sample remains on either side. With a fraction of 0, or if the data have
-        validation samples of their own, nothing is split.
+        Each part has at least one sample. Nothing is split if the fraction is 0 or if the data
+        already have validation samples.
 
         Args:
-            fraction: of the training samples to hold out, 0 to 1
+            fraction: fraction of the training samples to hold out, 0 to 1
         """
         if self.validation is not None or fraction == 0:
             return self.training, self.validation
@@ -131,11 +131,11 @@ class Dataset(NamedTuple):
 def load_data(dataset_path: str | Path = "data", seed: int = 1234) -> Dataset:
     """Load `dataset_path`/ColoredMNIST. Generate it first, with `seed`, if it does not exist.
 
-    The folder has either train1.pt, train2.pt and test.pt, in the project's format or in the
-    course project's, or the assignment's download: train.pt, val.pt and test.pt.
+    The folder contains train1.pt, train2.pt and test.pt, as generated here or in the course
+    project's format. It can also contain the assignment's download: train.pt, val.pt and test.pt.
 
     Raises:
-        UserError: the files are incomplete, corrupt or of another format
+        UserError: the files are incomplete, corrupt or in another format
     """
     folder = Path(os.path.expanduser(dataset_path)) / "ColoredMNIST"
     generate_environments(folder.parent, seed=seed)
@@ -163,9 +163,9 @@ def load_data(dataset_path: str | Path = "data", seed: int = 1234) -> Dataset:
 
 
 def unseen_samples(p_f: float = P_F, p_e: float = P_E[2]) -> Samples:
-    """Return a test environment made of MNIST's own 10,000 test digits. It is always the same.
+    """Return a test environment made from MNIST's 10,000 test digits, always with the same seed.
 
-    Nothing is trained or chosen on these digits.
+    These digits are used neither for training nor for choosing anything.
     """
     generator = torch.Generator().manual_seed(UNSEEN_SEED)
     return read_generated(color_digits(*load_mnist("test"), p_f, p_e, generator), "test")
@@ -178,10 +178,10 @@ def read_file(path: Path) -> tuple[Samples, str, int | None]:
     """Read a .pt file without running any code in it.
 
     Returns:
-        the samples, the format for the log, and the seed that generated the file if it says
+        the samples, a description of the format for the log, and the seed if the file has one
 
     Raises:
-        UserError: the file cannot be used
+        UserError: the file cannot be read, or it is corrupt or in another format
     """
     seed = None
     try:
@@ -209,14 +209,14 @@ def read_file(path: Path) -> tuple[Samples, str, int | None]:
 
 
 def check_integrity(path: str | Path) -> None:
-    """Raise an exception unless a file is a zip archive, as torch.save writes it, and undamaged."""
+    """Raise an exception unless a file is an intact zip archive, the format of torch.save."""
     with zipfile.ZipFile(path) as archive:
         if archive.testzip() is not None:
             raise ValueError("a checksum is wrong")
 
 
 def read_generated(record: dict, name: str) -> Samples:
-    """Read the project's own format, a dict of `color_digits` and the environment's name."""
+    """Read the project's format: the dict of `color_digits` with the environment's name."""
     if record.get("environment", name) != name:
         raise ValueError("this file is another environment")
     envs = torch.full((len(record["labels"]),), ENVIRONMENTS.index(name))
@@ -236,7 +236,7 @@ def read_normalized(record: list, name: str) -> Samples:
     mean = torch.tensor([[MEAN], [MEAN], [0]])
     levels = (images.unflatten(1, (3, 784)) * STD + mean) * 255
     grey = levels.round().clamp(0, 255)
-    if not (levels - grey).abs().max() <= 0.05:  # this form refuses nan as well
+    if not (levels - grey).abs().max() <= 0.05:  # refuses nan as well
         raise ValueError("the images are not normalised")
     images = grey.to(torch.uint8).view(-1, 3, 28, 28)
     return checked_samples(images, labels, images[:, 0].flatten(1).any(1), envs)
@@ -251,7 +251,7 @@ def read_pil_images(record: list, name: str) -> Samples:
 
 
 class StandIn:
-    """A stand-in for PIL.Image.Image in an untrusted file. It stores the state and runs nothing."""
+    """A stand-in for PIL.Image.Image in an untrusted file. It stores the state and runs no code."""
 
     def __setstate__(self, state: list) -> None:
         self.state = state
@@ -265,11 +265,11 @@ class StandIn:
 
 
 def checked_samples(images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor) -> Samples:
-    """Return `Samples` of RGB images (N, 3, 28, 28) uint8.
+    """Check the contents of a file, with RGB images (N, 3, 28, 28) uint8. Return `Samples`.
 
     Raises:
-        ValueError: shapes differ, a label or a colour is not 0 or 1, or a pixel is not in the
-            channel of its colour
+        ValueError: shapes differ, a label or a colour is not 0 or 1, or an image has pixels outside
+            the channel of its colour
     """
     count = len(labels)
     if images.dtype != torch.uint8 or images.shape != (count, 3, 28, 28) or count < 2:
@@ -277,8 +277,8 @@ def checked_samples(images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor
     for values in (labels, colors):
         if values.shape != (count,) or not set(values.tolist()) <= {0, 1}:
             raise ValueError("a label or a colour is not 0 or 1")
-    # Red, colour 1, is in channel 0, and green, colour 0, in channel 1. So the channel with the
-    # number of the colour must be empty.
+    # Colour 1 is red, in channel 0. Colour 0 is green, in channel 1. So the channel whose number is
+    # the colour must be empty.
     empty = images[torch.arange(count), colors.long()]
     if empty.any() or images[:, 2].any():
         raise ValueError("a digit is not in the channel of its colour")
@@ -290,14 +290,14 @@ def checked_samples(images: Tensor, labels: Tensor, colors: Tensor, envs: Tensor
 class ColoredMNIST(torch.utils.data.Dataset):
     """ColoredMNIST with the interface of torchvision's datasets, for a training loop of your own.
 
-    Items are (PIL image, label, colour). Colour 1 is red, colour 0 is green. `targets` has the
-    labels, (N,) int64.
+    Items are (PIL image, label, colour). Colour 1 is red, colour 0 is green. `targets` contains
+    the labels, (N,) int64.
 
     Args:
-        root: folder that contains ColoredMNIST; it is generated with seed 1234 if it is missing
+        root: folder that contains ColoredMNIST, which is generated with seed 1234 if it is missing
         env: train1, train2, test, or all_train for both training environments
-        transform: applied to each image
-        target_transform: applied to each label
+        transform: function applied to each image
+        target_transform: function applied to each label
     """
 
     def __init__(

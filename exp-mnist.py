@@ -1,9 +1,9 @@
-"""Train on train1 and train2, test on test, several times.
+"""Experiment of the assignment: train on train1 and train2, test on test, several times.
 
 python exp-mnist.py --seed 1234 --trainer IRM > IRM_log.txt
 
-The data are in dataset.py (`load_data`), the network and the losses in model.py, the training loop
-in trainer.py (`train`).
+dataset.py loads the data (`load_data`). model.py has the network and the losses. trainer.py has the
+training loop (`train`).
 """
 
 from metric import group_accuracies, metrics
@@ -31,7 +31,7 @@ def main() -> None:
         results.append(metrics(logits, test.labels))
         print(f"Test result: {results[-1]}")
         groups = group_accuracies(logits, test.labels, test.colors)
-        print(f"Group accuracy: {groups}", flush=True)  # in addition to the assignment
+        print(f"Group accuracy: {groups}", flush=True)  # not in the assignment
     print(f"Summary: {summarize(results)}")
 
 

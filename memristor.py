@@ -1,4 +1,4 @@
-"""Train, map the network onto a MemTorch memristor crossbar, test it again.
+"""Experiment on a memristor crossbar: train, map the network onto MemTorch, test it again.
 
 python memristor.py --seed 1234 --trainer IRM --no_cuda
 python memristor.py --load_model data/models/IRM
@@ -55,9 +55,10 @@ HARDENING = 3  # length of hardening, as a multiple of the training
 
 
 class CellMatrix(Crossbar):
-    """MemTorch's crossbar without the copy of each conductance in a device object.
+    """MemTorch's crossbar, which here stores conductances in its matrix only.
 
-    1T1R cells are read from the conductance matrix. Writing the device objects takes seconds.
+    1T1R cells are read from the matrix. MemTorch also writes each conductance into a device object,
+    which takes seconds.
     """
 
     def update(self, from_devices: bool = True, parallelize: bool = False) -> None:
@@ -75,23 +76,23 @@ def program(
     conductance_states: int | None,
     device_variability: float,
 ) -> list[CellMatrix]:
-    """Return MemTorch's crossbars of the positive and of the negative weights (outputs, ...).
+    """Return MemTorch's two crossbars, for positive and for negative weights.
 
     Args:
-        weight: of a layer
+        weight: weights of a layer, (outputs, ...)
         device: the nominal device
-        draws: source of randomness for `device_variability`
+        draws: random number generator for `device_variability`
 
     For the other arguments, see `to_crossbar`.
     """
     crossbars = []
     for conductances in naive_map(weight, device.r_on, device.r_off, Scheme.DoubleColumn):
-        # In a layer of zeros naive_map divides by 0. Its devices are all at r_off.
+        # If all weights are 0, naive_map divides by 0. All devices are at r_off then.
         conductances = conductances.nan_to_num(nan=1 / device.r_off)
         crossbar = CellMatrix(lambda: device, {}, conductances.shape, tuple(tile_shape))
         if device_variability:
             vary(crossbar.devices, device_variability, draws)
-        crossbar.write_conductance_matrix(conductances)  # within the limits of each device
+        crossbar.write_conductance_matrix(conductances)  # clips to each device's limits
         if conductance_states:  # MemTorch's FiniteConductanceStates fails silently
             round_conductances(crossbar, conductance_states)
         crossbars.append(crossbar)
@@ -104,7 +105,7 @@ def program(
 def vary(devices: np.ndarray, variability: float, draws: np.random.Generator) -> None:
     """Give each device its own random r_on and r_off, in place.
 
-    Both are log-normal. Their mean is the nominal resistance, their standard deviation is
+    Both are log-normal. Their mean is the nominal resistance. Their standard deviation is
     `variability` times the mean. An r_off below the device's r_on is set to this r_on.
     """
     variance = math.log(1 + variability**2)  # of the logarithm
@@ -123,19 +124,19 @@ def round_conductances(crossbar: CellMatrix, states: int) -> None:
     matrix = crossbar.conductance_matrix
     step = (highest - lowest).view(matrix.shape) / (states - 1)
     lowest = lowest.view(matrix.shape)
-    steps = ((matrix - lowest) / step.clamp(min=1e-30)).round()  # 0 where r_off is r_on
+    steps = ((matrix - lowest) / step.clamp(min=1e-30)).round()  # 0 where r_off equals r_on
     crossbar.conductance_matrix = lowest + steps * step
 
 
 def quantize_currents(currents: Tensor, bits: int) -> Tensor:
     """Quantise currents (..., columns of a tile) in place, by a linear ADC without overflow.
 
-    The result is that of MemTorch's `quantize` for each row. The step is the smallest power of two
-    with which the row's largest current fits. As in MemTorch, unused columns of a tile count, so
-    broken devices in them widen the range.
+    Each row is quantised as by MemTorch's `quantize`. The step is the smallest power of two for
+    which the row's largest current fits. As in MemTorch, the range includes unused columns of a
+    tile, so stuck devices in them widen it.
     """
     largest = currents.abs().amax(-1, keepdim=True)
-    mantissa, exponent = torch.frexp(largest + 1e-12)  # mantissa * 2 ** exponent, from 0.5 to 1
+    mantissa, exponent = torch.frexp(largest + 1e-12)  # mantissa from 0.5 to 1, base 2
     exponent -= (mantissa == 0.5).int()  # 2 ** exponent is now the next power of two
     step = torch.ldexp(torch.ones_like(mantissa), exponent + 1 - bits)
     bound = 2 ** (bits - 1)
@@ -143,15 +144,15 @@ def quantize_currents(currents: Tensor, bits: int) -> Tensor:
 
 
 class CrossbarLayer(nn.Module):
-    """A layer on a crossbar, with a fixed input range, computed tile by tile for a whole batch.
+    """A layer on a crossbar, with a fixed input range. It computes a whole batch tile by tile.
 
     All values that determine the outputs are buffers. So `state_dict` is complete, and inference
-    needs no MemTorch.
+    does not need MemTorch.
 
     Args:
         positive: MemTorch's crossbar of the positive weights
         negative: MemTorch's crossbar of the negative weights, of the same shape
-        kernel_size: of a convolution, None for a fully connected layer
+        kernel_size: kernel size of a convolution, None for a fully connected layer
         max_input_voltage: voltage of the largest input
         adc_resolution: bits of the ADC of each tile, None for exact currents
     """
@@ -167,15 +168,15 @@ class CrossbarLayer(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         add = self.register_buffer
-        # Siemens, (2, tiles, rows of a tile, columns of a tile): positive, negative.
+        # Positive and negative, in siemens: (2, tiles, rows of a tile, columns of a tile).
         matrices = [positive.conductance_matrix, negative.conductance_matrix]
         add("conductances", torch.stack(matrices).float())
-        # Which tile stands where, (tiles above each other, tiles beside each other).
+        # Index of the tile at each position, (rows of tiles, columns of tiles).
         add("grid", positive.tiles_map.long())
         add("max_input_voltage", torch.tensor(max_input_voltage))
         add("adc_resolution", torch.tensor(adc_resolution or 0))
-        # `calibrate` fits these: the input that becomes max_input_voltage, and for each column the
-        # output per ampere and the output at zero current.
+        # `calibrate` fits these. `input_range` is the input that becomes max_input_voltage. In each
+        # column, `gain` is the output per ampere, and `offset` is the output at zero current.
         add("input_range", torch.ones(()))
         add("gain", torch.ones(positive.columns))
         add("offset", torch.zeros(positive.columns))
@@ -200,10 +201,10 @@ class CrossbarLayer(nn.Module):
         return total.flatten(1)[:, : len(self.gain)]
 
     def calibrate(self, inputs: Tensor, wanted: Tensor) -> None:
-        """Fit the input range, and gains and offsets by least squares.
+        """Measure the input range. Fit gains and offsets by least squares.
 
         Args:
-            inputs: of the layer, (N, in) or (N, channels, height, width)
+            inputs: inputs of the layer, (N, in) or (N, channels, height, width)
             wanted: outputs of the digital layer, (N, out) or (N, channels, height, width)
         """
         rows = self.rows(inputs)
@@ -247,9 +248,9 @@ def to_crossbar(
     """Return a copy of a network, on the CPU, with memristor crossbars in place of its layers.
 
     MemTorch builds the crossbars from VTEAM devices in 1T1R cells, with the double-column scheme
-    and its naive mapping. Only the two resistances of the VTEAM model are used: there are no
-    dynamics and no read disturb, and every conductance between the two limits is written exactly.
-    Gains and offsets are fitted after the damage, chip by chip.
+    and its naive mapping. Only the two resistances of the VTEAM model are used. There are no
+    dynamics and no read disturb. Every conductance between the two limits is written exactly. Gains
+    and offsets are fitted after the damage, separately for each crossbar.
 
     Args:
         network: its `phi` is a flat Sequential that passes `check_network`
@@ -262,7 +263,7 @@ def to_crossbar(
         lrs_proportion: fraction of devices stuck at r_on, 0 to 1
         hrs_proportion: fraction of devices stuck at r_off, 0 to 1; a device in both fractions is
             stuck at r_on
-        conductance_states: equidistant conductances that a device can have, None for any
+        conductance_states: number of equidistant conductances of a device, None for any conductance
         device_variability: standard deviation of r_on and r_off between devices, relative to their
             mean, 0 to 1; both are log-normal
         fault_seed: seed of stuck devices and variability
@@ -279,7 +280,8 @@ def to_crossbar(
     state_before = np.random.get_state()
     np.random.seed(fault_seed)  # MemTorch uses NumPy's global generator for stuck devices
     with torch.no_grad():
-        inputs = digital_inputs = digital.channels(images.cpu())
+        inputs = digital.channels(images.cpu()).clone()  # a layer can work in place
+        digital_inputs = inputs.clone()
         for index, layer in enumerate(digital.phi):
             digital_outputs = layer(digital_inputs)
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -307,7 +309,7 @@ def to_crossbar(
 def calibration_images(training: Samples) -> Tensor:
     """Return the first 1000 training images in both colours, (2000, 2, 28, 28), normalised.
 
-    Both colours are used so that no gain is fitted to one colour.
+    Both colours are used so that gains are not fitted to a single colour.
     """
     some = training[:CALIBRATION]
     return concatenate([some, some.recolored()]).batch().images
@@ -325,8 +327,8 @@ def check_devices(r_on: float, r_off: float) -> None:
 def check_network(network: Network) -> None:
     """Raise UserError if a network has a layer with weights that does not fit a crossbar.
 
-    nn.Linear fits, and nn.Conv2d without stride, padding, dilation and groups. Other layers in
-    `phi` must not have weights.
+    nn.Linear fits, and so does nn.Conv2d without stride, padding, dilation and groups. Other layers
+    in `phi` must not have weights.
     """
     names = [name for name in network.state_dict() if not name.startswith("phi.")]
     if names != ["output_layer"] or not isinstance(network.phi, nn.Sequential):
@@ -345,12 +347,12 @@ def check_network(network: Network) -> None:
 
 
 class StuckDevices(nn.Module):
-    """A weight as a damaged crossbar has it, for training.
+    """Simulation of the weights on a damaged crossbar, for training.
 
     A device stuck on adds or subtracts the largest weight of its layer, so the weights are limited.
-    A device stuck off removes its weight. In training mode, each call draws two fractions, up to
-    `stuck_on` and `stuck_off`, and makes that many random devices stuck. The gradient ignores limit
-    and damage (straight-through), so all weights continue to learn.
+    A device stuck off removes its weight. In training mode, each call chooses two random fractions,
+    up to `stuck_on` and `stuck_off`. It makes these fractions of the devices stuck. The gradient
+    ignores the limit and the damage (straight-through), so all weights continue to learn.
 
     Args:
         limit: largest weight, in standard deviations of the layer's weights
@@ -364,7 +366,7 @@ class StuckDevices(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         values = weight.detach()
-        limit = min(self.limit * values.std().item(), values.abs().max().item())
+        limit = min(values.abs().max().item(), self.limit * values.std().item())
         devices = torch.stack([values, -values]).clamp_(0, limit)  # positive and negative columns
         if self.training:
             on = self.stuck_on * torch.rand(()).item()
@@ -372,7 +374,7 @@ class StuckDevices(nn.Module):
             draws = torch.rand_like(devices)
             devices[draws < on] = limit
             devices[draws > 1 - off] = 0
-        # The value is the damaged weight, the gradient is that of `weight`.
+        # The value is the damaged weight. Its gradient reaches `weight` unchanged.
         return weight + (devices[0] - devices[1] - values)
 
 
@@ -387,18 +389,18 @@ def harden(
 ) -> Network:
     """Return a copy of a trained network that tolerates stuck devices.
 
-    The weights are limited, which has the largest effect, and random devices are stuck during
-    training (`StuckDevices`). The network learns its own predictions, in both colours, by ERM
-    (distillation, Hinton et al. 2015, arXiv:1503.02531). This takes `HARDENING` times as many
+    During training, the weights are limited and random devices are stuck (`StuckDevices`). The
+    limit has the larger effect. The network learns its own predictions, in both colours, by ERM
+    (distillation, Hinton et al. 2015, arXiv:1503.02531). Hardening has `HARDENING` times as many
     iterations as a training.
 
     Args:
         network: the trained network
-        training: samples; their labels are not used
+        training: training samples; their labels are not used
         limit: largest weight, in standard deviations of the layer's weights
         stuck_on: largest fraction of devices stuck on during training, 0 to 1
         stuck_off: largest fraction of devices stuck off during training, 0 to 1
-        settings: of `trainer.train`; weight decay is ignored
+        settings: other arguments of `trainer.train`; weight decay is ignored
 
     Raises:
         UserError: a layer does not fit a crossbar
@@ -423,7 +425,7 @@ def harden(
 
 
 def memristor_parser() -> argparse.ArgumentParser:
-    """Return the parser of the training's flags and the crossbar's."""
+    """Return the parser of the training flags and the crossbar flags."""
     parser = training_parser("Train, map the network onto a memristor crossbar, test it again.")
     add = parser.add_argument
     ohms, fraction = number(float, 1, 1e12), number(float, 0, 1)
@@ -431,13 +433,13 @@ def memristor_parser() -> argparse.ArgumentParser:
         "--load_model",
         type=os.path.expanduser,
         metavar="DIR",
-        help="folder of --save_model: load its networks instead of training; their training flags "
-        "override the command line",
+        help="load the networks in this folder of --save_model instead of training; their training "
+        "flags override the command line",
     )
     add(
         "--harden",
         action="store_true",
-        help=f"continue the training with stuck devices, {HARDENING} times as long",
+        help=f"continue the training with stuck devices for {HARDENING} times as many iterations",
     )
     add(
         "--tile_shape",
@@ -475,7 +477,7 @@ def memristor_parser() -> argparse.ArgumentParser:
     add(
         "--conductance_states",
         type=number(int, 2, 65536),
-        help="equidistant conductances that a device can have, 2 to 65536; by default any",
+        help="number of equidistant conductances of a device, 2 to 65536; by default, any",
     )
     add(
         "--device_variability",
@@ -496,7 +498,7 @@ def load_models(folder: str) -> tuple[list[Network], argparse.Namespace]:
     """Load the networks in a folder of --save_model, one per repetition, and their arguments.
 
     Raises:
-        UserError: a file is missing or corrupt, or its arguments differ from the first file's
+        UserError: a file is missing or corrupt, or the arguments in two files differ
     """
     first, _, args = load_model(model_path(folder, 1))
     networks = [first]
@@ -513,7 +515,7 @@ def load_models(folder: str) -> tuple[list[Network], argparse.Namespace]:
 
 
 def use_arguments_of_model(args: argparse.Namespace, saved: argparse.Namespace) -> None:
-    """Replace the training arguments by a saved network's arguments. Warn if one was given."""
+    """Replace the training arguments with a saved network's arguments. Warn about given flags."""
     ignored = []
     defaults = training_parser().parse_args([])
     for name, value in model_arguments(saved).items():
@@ -525,7 +527,7 @@ def use_arguments_of_model(args: argparse.Namespace, saved: argparse.Namespace) 
         args.save_model = None
     if ignored:
         warn(
-            f"no effect of {', '.join(ignored)}: --load_model uses the values of the saved "
+            f"{', '.join(ignored)}: no effect, because --load_model uses the values of the saved "
             "networks. Leave it out."
         )
 
@@ -533,7 +535,7 @@ def use_arguments_of_model(args: argparse.Namespace, saved: argparse.Namespace) 
 def load_repetitions(
     args: argparse.Namespace, data: Dataset, networks: list[Network]
 ) -> Iterator[tuple[int, Network, Samples]]:
-    """Yield loaded networks as `trainer.train_repetitions` yields trained ones."""
+    """Yield the same as `trainer.train_repetitions`, but with loaded networks."""
     for repetition, network in enumerate(networks, 1):
         print(f"Repetition {repetition} of {args.repetitions}")
         seed_repetition(args, repetition)
@@ -541,7 +543,7 @@ def load_repetitions(
         yield repetition, network.to(training.images.device), training
 
 
-def test_result(network: Network, test: Samples, name: str) -> dict[str, float]:
+def print_result(network: Network, test: Samples, name: str) -> dict[str, float]:
     """Return the test metrics and print them as a line of the log."""
     result = evaluate(network, test)
     print(f"{name}: {result}", flush=True)
@@ -551,13 +553,13 @@ def test_result(network: Network, test: Samples, name: str) -> dict[str, float]:
 def main() -> None:
     args = memristor_parser().parse_args()
     check_devices(args.r_on, args.r_off)
-    if args.load_model:
+    if args.load_model is not None:
         networks, saved = load_models(args.load_model)
         use_arguments_of_model(args, saved)
     warn_of_unused(args)
     check_network(build(args)[0])
     data = start_log(args)
-    if args.load_model:
+    if args.load_model is not None:
         repetitions = load_repetitions(args, data, networks)
     else:
         repetitions = train_repetitions(args, data)
@@ -568,10 +570,10 @@ def main() -> None:
             print(f"Before hardening: {evaluate(network, data.test)}")
             seed_repetition(args, repetition)
             network = harden(network, training, **arguments_of(train, args))
-        digital.append(test_result(network, data.test, "Test result"))
+        digital.append(print_result(network, data.test, "Test result"))
         images = calibration_images(training)
         crossbar = to_crossbar(network, images, **arguments_of(to_crossbar, args))
-        on_crossbar.append(test_result(crossbar, data.test, "Crossbar test result"))
+        on_crossbar.append(print_result(crossbar, data.test, "Crossbar test result"))
     print(f"Digital: {summarize(digital)}")
     print(f"Summary: {summarize(on_crossbar)}")
 

@@ -19,9 +19,9 @@ GRADED = ("groupDRO", "IRM")
 
 
 def metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return Accuracy, AUC and macro F1, 0 to 1, of predicting 1 for logits above 0.
+    """Return Accuracy, AUC and macro F1, each from 0 to 1.
 
-    The AUC is nan if all labels are the same.
+    A logit above 0 predicts label 1. The AUC is nan if all labels are the same.
 
     Args:
         logits: (N,), of any float type, on any device
@@ -56,7 +56,7 @@ def group_accuracies(logits: Tensor, labels: Tensor, colors: Tensor) -> dict[str
 
 
 class Log(NamedTuple):
-    """The result in a log."""
+    """The result in a log file."""
 
     trainer: str
     accuracy: float
@@ -65,14 +65,14 @@ class Log(NamedTuple):
 
     @property
     def points(self) -> int | None:
-        """The assignment's points, None if the assignment does not grade this experiment.
+        """The assignment's points, or None if the assignment does not grade this experiment.
 
-        The sheet asks groupDRO for ≥ 60 % and ≥ 55 %, and IRM for > 60 % and > 55 %. Here it is
-        ≥ for both.
+        The sheet requires ≥ 60 % and ≥ 55 % of groupDRO, but > 60 % and > 55 % of IRM. This method
+        uses ≥ for both.
         """
         if self.trainer not in GRADED or self.on_crossbar:
             return None
-        accuracy = round(self.accuracy, 9)  # a mean of three can be 0.5499999999999999
+        accuracy = round(self.accuracy, 9)  # a mean of 0.55 can be 0.5499999999999999
         if accuracy >= 0.6:
             return 15
         return 10 if accuracy >= 0.55 else 0
@@ -82,7 +82,7 @@ def read_log(path: str) -> Log:
     """Read the trainer from the first line of a log and the accuracy from its last line.
 
     Raises:
-        UserError: the log cannot be read, or its last line is no Summary
+        UserError: the log cannot be read, or its last line is not a Summary
     """
     try:
         text = Path(path).read_text("utf-8", errors="replace")
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Print the test accuracy and the points of each log.", allow_abbrev=False
     )
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="such as IRM_log.txt")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="log file, such as IRM_log.txt")
     failed, points = False, {}
     print(f"{'trainer':<24}{'test accuracy':<22}points")
     for path in parser.parse_args().logs:

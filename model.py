@@ -1,9 +1,8 @@
 """The networks, and one class for each loss.
 
-Symbols, as in the assignment: Φ(x) is the logit of an image x, w = 1 is the output layer that
-multiplies it, e is an environment, y the label, and L_e the risk of an environment in the
-minibatch: the mean binary cross entropy of its samples. In addition, z is the colour and σ the
-logistic function.
+The symbols are the assignment's. Φ(x) is the logit of an image x. The output layer multiplies it by
+w = 1. y is a label and e is an environment. L_e is the risk of environment e, the mean binary cross
+entropy of its samples in the minibatch. In addition, z is a colour and σ is the logistic function.
 """
 
 from typing import Literal
@@ -16,11 +15,11 @@ from dataset import Batch
 
 
 class Network(nn.Module):
-    """Layers `phi`, then the `output_layer`, a scalar that stays 1.
+    """Network of layers `phi` and an `output_layer`, which is a scalar that stays 1.
 
     Args:
-        phi: layers from images (N, 2, 28, 28), red and green, to logits (N, 1); from (N, 1, 28, 28)
-            with `grayscale`
+        phi: layers that map images (N, 2, 28, 28), red and green, to logits (N, 1); with
+            `grayscale`, the images are (N, 1, 28, 28)
         grayscale: hide the colours
     """
 
@@ -28,13 +27,13 @@ class Network(nn.Module):
         super().__init__()
         self.phi = phi
         self.grayscale = grayscale
-        # IRM needs its gradient. The optimizer only gets the parameters of phi.
+        # A parameter, because IRM needs its gradient. The optimizer gets the parameters of phi.
         self.output_layer = nn.Parameter(torch.ones(()))
 
     def channels(self, images: Tensor) -> Tensor:
-        """Select the channels that phi takes from normalised images (N, 2 or 3, 28, 28).
+        """Return the input of `phi` for normalised images (N, 2 or 3, 28, 28).
 
-        These are red and green. With `grayscale`, it is the brighter one of the two.
+        It has the red and the green channel. With `grayscale`, it has only the brighter one.
         """
         images = images[:, :2]
         return images.amax(1, keepdim=True) if self.grayscale else images
@@ -117,7 +116,7 @@ def drop_blue(layer: nn.Linear | nn.Conv2d) -> None:
     step takes a third less time without them. The other weights stay as torch initialised them for
     all three channels, for example within ±1/√2352 in the assignment's MLP.
     """
-    inputs = layer.weight.shape[1]  # pixels of all channels, or channels
+    inputs = layer.weight.shape[1]  # channels of a convolution, or pixels of all channels
     layer.weight = nn.Parameter(layer.weight[:, : inputs * 2 // 3].detach().clone())
     if isinstance(layer, nn.Linear):
         layer.in_features = layer.weight.shape[1]
@@ -157,8 +156,8 @@ class ERM(Loss):
 class GroupDRO(Loss):
     """Group distributionally robust optimisation (assignment, Algorithm 1).
 
-    The assignment's algorithm is the minibatch form of Algorithm 1 of Sagawa et al. 2019
-    (arXiv:1911.08731), which samples one group per step. q starts uniform. Each step sets
+    Algorithm 1 of Sagawa et al. 2019 (arXiv:1911.08731) samples one group per step. The assignment
+    uses all environments of a minibatch instead. q starts uniform. Each step sets
     q_e ← q_e exp(η L_e), renormalises q, and minimises Σ q_e L_e with q held constant. An
     environment that is not in the minibatch keeps its q_e until the renormalisation.
 
@@ -175,7 +174,7 @@ class GroupDRO(Loss):
         risks = self.risks(network(batch.images), batch)
         present = self.present(batch)
         if self.training:
-            log_q = self.q.log()  # because exp(η L_e) can overflow; softmax renormalises
+            log_q = self.q.log()  # exp(η L_e) can overflow; softmax renormalises
             log_q[present] += self.eta * risks.detach()
             self.q = log_q.softmax(0)
         return (self.q[present] * risks).sum()
@@ -185,12 +184,12 @@ class IRM(Loss):
     """Invariant risk minimisation, IRMv1 (Arjovsky et al. 2019, arXiv:1907.02893; assignment, (4)).
 
     The objective is the mean of L_e over e, plus λ times the mean over e of (∂L_e(w · Φ)/∂w)² at
-    w = 1. Here w is the network's `output_layer`. The gradient cannot be computed under
-    `torch.no_grad`.
+    w = 1. Here w is the network's `output_layer`. It needs gradients, also without training.
 
-    The penalty is also 0 for Φ = 0. The squared gradient of a minibatch exceeds, on average, the
-    square of the mean gradient by its variance. With n samples of each environment and λ above
-    about n/2, this bias pulls Φ to 0. Kamath et al. 2021 (arXiv:2101.01134) show where IRMv1 fails.
+    Φ = 0 also makes the penalty 0. In a minibatch, the penalty is biased. On average, it exceeds
+    the square of the mean gradient by the variance of the gradient. With n samples of each
+    environment and λ above about n/2, this bias pulls Φ to 0. Kamath et al. 2021
+    (arXiv:2101.01134) show where IRMv1 fails.
 
     Args:
         reg_lambda: weight λ of the penalty
@@ -210,10 +209,10 @@ class IRM(Loss):
 
 
 class Backdoor(Loss):
-    """Backdoor adjustment for the stratum s: colour and environment (Pearl 2009, theorem 3.3.2).
+    """Backdoor adjustment (Pearl 2009, theorem 3.3.2). A stratum s is a colour and an environment.
 
-    The course project assumes the graph s → x, s → y, x → y, where x is the digit's shape. Then s
-    opens the path x ← s → y and meets the backdoor criterion:
+    The course project assumes the graph s → x, s → y, x → y, where x is the digit's shape. The only
+    backdoor path is x ← s → y. Given s, it is blocked, so s meets the backdoor criterion:
 
     1. P(y | do(x)) = Σ_s P(y | do(x), s) P(s | do(x)), by the law of total probability,
     2. P(s | do(x)) = P(s), because x does not cause s,
@@ -222,18 +221,18 @@ class Backdoor(Loss):
 
     An image shows one colour, so P(y | x, s) is only observed for strata of that colour. If the
     digit is independent of s given the label, Bayes' rule gives the log odds of P(y = 1 | x, s) as
-    Φ(x) + o_s, with o_s = log P(y = 1 | s) / P(y = 0 | s) and the same Φ for all strata (prior
-    correction, King & Zeng 2001). The generator ensures this independence, although it draws the
-    colour from the label, which is another graph. Training fits Φ by maximum likelihood and counts
-    o_s and P(s) in the minibatches.
+    Φ(x) + o_s (prior correction, King & Zeng 2001). Here o_s = log P(y = 1 | s) / P(y = 0 | s), and
+    Φ is the same for all strata. The generated data have this independence. Their graph is another
+    one, because their colour is generated from the label. Training fits Φ by maximum likelihood and
+    computes o_s and P(s) from the samples in the minibatches.
 
     `probability` computes step 4. Metrics use Φ(x) > 0, as for the other trainers. This is nearly
     always the same as P(y = 1 | do(x)) > 1/2, because the two colours are about equally frequent
     and have opposite offsets.
 
-    Balancing, with weights 1 / P(y | s), is the adjustment in another graph, s → x, s → y, y → x:
-    it gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little & Badawy 2019,
-    arXiv:1910.09648). Its σ(Φ) is the posterior of balanced labels.
+    Balancing uses the weights 1 / P(y | s). It is the adjustment in another graph, s → x, s → y,
+    y → x, which gives P(x | do(y)) = Σ_s P(x | y, s) P(s) (causal bootstrapping, Little & Badawy
+    2019, arXiv:1910.09648). Then σ(Φ) is the posterior for balanced labels.
 
     Args:
         adjustment: "offset" fits σ(Φ + o_s), "weights" balances the labels
@@ -242,8 +241,8 @@ class Backdoor(Loss):
     def __init__(self, adjustment: Literal["offset", "weights"] = "offset"):
         super().__init__()
         self.adjustment = adjustment
-        # Training samples seen of each stratum s = 2 e + z and each label. They start at 0.5, so
-        # that the odds are finite.
+        # Number of training samples seen, for each stratum s = 2 e + z and each label. It starts
+        # at 0.5, so that the odds are finite.
         self.register_buffer("counts", torch.full((4, 2), 0.5))
 
     @property
@@ -266,5 +265,5 @@ class Backdoor(Loss):
         if self.adjustment == "offset":
             return self.losses(logits + self.offsets[strata], batch).mean()
         p_y = self.counts / self.counts.sum(1, keepdim=True)  # P(y | s)
-        weights = 1 / p_y[strata, labels]  # 2 on average, hence the division below
+        weights = 1 / p_y[strata, labels]  # their mean is 2, so the loss is divided by 2
         return (weights * self.losses(logits, batch)).mean() / 2

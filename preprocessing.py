@@ -34,7 +34,7 @@ def color_digits(
         digits: (N,), 0 to 9
         p_f: probability of flipping a label
         p_e: probability that the colour differs from the label
-        generator: source of randomness
+        generator: random number generator
 
     Returns:
         `images` (N, 3, 28, 28), `labels` (N,) and `colors` (N,), all uint8
@@ -63,7 +63,7 @@ def generate_environments(
         p_f: probability of flipping a label
         p_e: probability that the colour differs from the label, in train1, train2 and test
         seed: random seed
-        sizes: digits in train1, train2 and test, in the order of MNIST; by default a third each
+        sizes: numbers of digits in train1, train2 and test, in MNIST's order; by default, thirds
         shuffle_digits: shuffle the digits of train1 and train2 before they are divided
 
     Raises:
@@ -133,7 +133,7 @@ def load_mnist(part: str = "train") -> tuple[Tensor, Tensor]:
         ) from None
 
 
-# Helpers for all scripts. They are here because the list of files is fixed.
+# Helpers for all scripts. They are here because the project's list of files is fixed.
 
 
 class UserError(Exception):
@@ -166,7 +166,7 @@ def replacing(path: Path) -> Iterator[Path]:
     runs out. The next run deletes the leftover of a killed run.
 
     Raises:
-        UserError: it cannot be written
+        UserError: the file or folder cannot be written
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -183,7 +183,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save(record: object, path: Path) -> None:
-    """Save with torch. A full disk raises OSError, because torch gets an open file."""
+    """Save a record with torch. A full disk raises OSError, because torch gets an open file."""
     with open(path, "wb") as file:
         torch.save(record, file)
 

@@ -2,8 +2,8 @@
 # ./run.sh [--no_cuda ...]    run all experiments, write their logs, print a table
 # ./run.sh test [...]         run the tests
 # The arguments go to exp-mnist.py, or to pytest. Two variables can stand before the command:
-#   SEED=2024                 in place of the seed below
-#   PYTHON=/path/to/python    use this Python as it is, instead of .venv
+#   SEED=2024                 use this seed instead of the one below
+#   PYTHON=/path/to/python    use this Python instead of .venv, and install nothing
 set -eu
 trap 'exit 130' INT # Ctrl-C
 CDPATH='' cd -- "$(dirname -- "$0")"
@@ -32,9 +32,9 @@ install_packages() {
     cp requirements.txt .venv/installed.txt
 }
 
-# MemTorch must be compiled. It requires the withdrawn package `sklearn`, hence --no-deps. The cache
-# of pip may have a build for another torch.
-install_memtorch() { # fails if MemTorch cannot be imported in the end
+# pip compiles MemTorch. --no-deps, because MemTorch requires the withdrawn package `sklearn`.
+# --no-cache-dir, because pip's cache may have a build for another torch.
+install_memtorch() { # fail if MemTorch still cannot be imported
     "$python" -c 'import memtorch' 2>/dev/null && return
     [ -z "${PYTHON:-}" ] || return
     say "building MemTorch: 2 to 5 minutes (it needs g++; Debian, Ubuntu: apt install g++ python3-dev)"
@@ -44,7 +44,7 @@ install_memtorch() { # fails if MemTorch cannot be imported in the end
 }
 
 if command -v flock >/dev/null; then # one run at a time
-    exec 9>>run.sh # nothing is written to it
+    exec 9>>run.sh # opened for the lock only
     flock -n 9 || { say "waiting for another run to end"; flock 9; }
 fi
 unset PIP_TARGET PIP_PREFIX # pip must install into .venv
@@ -74,7 +74,7 @@ experiment() { # LOG COMMAND...
     shift
     say "$* > $log"
     "$@" >"$log.tmp"
-    if ! grep -q '^Summary: ' "$log.tmp"; then # such as --help
+    if ! grep -q '^Summary: ' "$log.tmp"; then # for example, with --help
         cat "$log.tmp"
         exit
     fi

@@ -19,7 +19,7 @@ from model import Loss, Network
 from preprocessing import UserError, number, replacing, save, warn
 from register import NETWORKS, TRAINERS
 
-os.environ.setdefault("USER", "user")  # torch asks for a name, which a container may not have
+os.environ.setdefault("USER", "user")  # torch needs a user name, and a container may have none
 
 
 def train(
@@ -43,16 +43,17 @@ def train(
         network: its `phi` is trained, its `output_layer` is not
         loss: the objective; its state, such as the q of groupDRO, changes during training
         training: samples to train on
-        validation: samples for the metrics in the log; they influence nothing
+        validation: samples for the metrics in the log; they do not change the training
         iteration: number of minibatches
         batch_size: samples per minibatch
-        learning_rate: of Adam
+        learning_rate: learning rate of Adam
         weight_decay: L2 coefficient of Adam
         evaluation_steps: iterations between two reports
-        report: called with the number of finished iterations, by default `print_progress`
+        report: function called with the number of finished iterations; by default, a log line is
+            printed (`print_progress`)
 
     Raises:
-        UserError: the objective is not one finite number, or the loss has parameters
+        UserError: the objective is not a finite scalar, or the loss has parameters
     """
     if list(loss.parameters()):
         raise UserError("A loss cannot have trainable parameters. Use register_buffer for state.")
@@ -62,7 +63,7 @@ def train(
         network.phi.parameters(), lr=learning_rate, weight_decay=weight_decay
     )
     batches = training.minibatches(batch_size)
-    for step in tqdm(range(1, iteration + 1), disable=None, leave=False):  # None: in a terminal
+    for step in tqdm(range(1, iteration + 1), disable=None, leave=False):  # None: in terminals only
         batch = next(batches)
         objective = loss(network, batch)
         if objective.shape != ():
@@ -94,12 +95,12 @@ def print_progress(
     batch: Batch,
     validation: Samples | None,
 ) -> None:
-    """Print a line of the log: this step's objective, then results of the updated network.
+    """Print a log line: the objective of this step, then results of the updated network.
 
-    The results are the risk of each environment in the same minibatch and the validation metrics.
+    The results are the risk of each environment in this minibatch and the validation metrics.
     """
     network.eval()  # without dropout, so that no random numbers are used
-    risks = {0: "–", 1: "–"}  # for an environment that is not in the minibatch
+    risks = {0: "–", 1: "–"}  # a dash if the minibatch lacks the environment
     for e, risk in zip(loss.present(batch), loss.risks(network(batch.images), batch), strict=True):
         risks[e] = f"{risk:.4f}"
     line = f"Iteration {step}: objective {objective:.4f}; "
@@ -131,17 +132,17 @@ def evaluate(network: Network, samples: Samples) -> dict[str, float]:
 
 
 def start_log(args: argparse.Namespace) -> Dataset:
-    """Print the head of the log and load the data, onto the GPU if there is one.
+    """Print the head of the log. Load the data, onto the GPU if there is one.
 
     Raises:
-        UserError: the data, the GPU or the folder --save_model cannot be used
+        UserError: the data, the GPU or the folder of --save_model cannot be used
     """
     print(f"Arguments: {vars(args)}")
     data = load_data(args.dataset_path, args.seed)
     device = f"CPU, threads: {torch.get_num_threads()}"
     if torch.cuda.is_available() and not args.no_cuda:
-        torch.backends.cudnn.allow_tf32 = False  # float32 in convolutions as well
-        torch.backends.cudnn.deterministic = True  # the same bits in every run
+        torch.backends.cudnn.allow_tf32 = False  # convolutions in float32, not in TF32
+        torch.backends.cudnn.deterministic = True  # every run gives the same bits
         try:
             data = data.to("cuda")
             torch.ones(8, 8, device="cuda").mm(torch.ones(8, 8, device="cuda")).sum().item()
@@ -151,13 +152,13 @@ def start_log(args: argparse.Namespace) -> Dataset:
             raise UserError(f"The GPU cannot be used ({reason}). Add --no_cuda.") from None
     print(f"Device: {device}, torch: {torch.__version__}")
     print(f"Data: {data.description}", flush=True)
-    if args.save_model:  # finds a folder that cannot be written before the training
+    if args.save_model:  # refuse an unwritable folder before the training
         with replacing(model_path(args.save_model, 1)):
             pass
     if data.seed not in (None, args.seed):
         warn(
-            f"seed {args.seed} trains on data of seed {data.seed}. "
-            f"Delete {data.folder} to generate data with this seed."
+            f"the data were generated with seed {data.seed}, not with seed {args.seed}. "
+            f"Delete {data.folder} to generate new data."
         )
     return data
 
@@ -194,7 +195,7 @@ def seed_repetition(args: argparse.Namespace, repetition: int) -> None:
 
 
 def build(args: argparse.Namespace) -> tuple[Network, Loss]:
-    """Return the network with initial weights and the loss that the command line asks for."""
+    """Return the network, with initial weights, and the loss of the command line."""
     network, loss = NETWORKS[args.network], TRAINERS[args.trainer]
     return network(**arguments_of(network, args)), loss(**arguments_of(loss, args))
 
@@ -216,7 +217,7 @@ def arguments_of(function: Callable, args: argparse.Namespace) -> dict:
 def summarize(results: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean and the population standard deviation of each metric over repetitions.
 
-    They are nan if a result is nan.
+    Both are nan if a result is nan.
     """
     summary = {}
     for name in results[0]:
@@ -235,7 +236,7 @@ def model_path(folder: str | Path, repetition: int) -> Path:
 
 
 def model_arguments(args: argparse.Namespace) -> dict:
-    """Select the arguments that make a network: the file of a saved network has these."""
+    """Select the arguments that determine a network. They are saved with it."""
     names = ("trainer", "network", "seed", "repetitions", "validation")
     classes = NETWORKS[args.network], TRAINERS[args.trainer]
     arguments = {name: getattr(args, name) for name in names}
@@ -260,7 +261,7 @@ def load_model(path: str | Path) -> tuple[Network, Loss, argparse.Namespace]:
     """Load a saved network, on the CPU and in evaluation mode.
 
     Returns:
-        the network, its loss, and its arguments (defaults for all that the file does not have)
+        the network, its loss and its arguments; arguments that the file lacks have their defaults
 
     Raises:
         UserError: the file cannot be read, or it is not a saved network
@@ -292,7 +293,7 @@ def load_model(path: str | Path) -> tuple[Network, Loss, argparse.Namespace]:
 
 
 def training_parser(description: str = "") -> argparse.ArgumentParser:
-    """Return the parser of the flags. A flag reaches the class or function with its parameter."""
+    """Return the parser of the flags. A flag reaches the parameters of the same name."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -302,13 +303,13 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--trainer", default="ERM", choices=TRAINERS, help="the loss")
     add("--network", default="MLP", choices=NETWORKS, help="the architecture")
     add("--seed", type=number(int, 0), default=1234, help="seed of the data and the repetitions")
-    add("--repetitions", type=count, default=3, help="trainings, each with its own seed")
+    add("--repetitions", type=count, default=3, help="number of trainings, each with its own seed")
     add("--dataset_path", default="data", help="folder that contains ColoredMNIST")
     add(
         "--validation",
         type=number(float, 0, 0.9),
         default=0.2,
-        help="fraction of the training samples that is held out for metrics in the log, 0 to 0.9",
+        help="fraction of training samples held out for the metrics in the log, 0 to 0.9",
     )
     add("--no_cuda", action="store_true", help="use the CPU even if there is a GPU")
     add(
@@ -346,13 +347,13 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
         "--adjustment",
         default="offset",
         choices=("offset", "weights"),
-        help="Backdoor: fit with the log odds of each stratum, or balance the labels in it",
+        help="Backdoor: add the log odds of each stratum to the logit, or balance its labels",
     )
     return parser
 
 
 def warn_of_unused(args: argparse.Namespace) -> None:
-    """Warn of changed flags that neither `train` nor the chosen classes accept."""
+    """Warn about changed flags that neither `train` nor the chosen classes accept."""
     used = {*model_arguments(args), "dataset_path", "no_cuda", "save_model"}
     defaults = vars(training_parser().parse_args([]))
     unused = [
@@ -362,6 +363,6 @@ def warn_of_unused(args: argparse.Namespace) -> None:
     ]
     if unused:
         warn(
-            f"no effect of {', '.join(unused)}: "
+            f"{', '.join(unused)}: no effect, because "
             f"{args.trainer} and {args.network} do not have this parameter. Leave it out."
         )

@@ -2,8 +2,8 @@
 
 python benchmarks/curves.py
 
-Trains the first repetition of each trainer. In train1 and train2 it tests the validation samples.
-More flags are passed on to exp-mnist.py.
+The script trains the first repetition of each trainer. In train1 and train2, it tests the
+validation samples. It also accepts the flags of exp-mnist.py.
 """
 
 from jobs import (
@@ -25,7 +25,7 @@ from trainer import evaluate
 
 
 def curve(trainer: str, seed: int, every: int, flags: str) -> list[tuple[float, ...]]:
-    """Return points of (iteration, accuracy in train1, in train2, in test), in %."""
+    """Train once. Return points (iteration, accuracy in train1, in train2, in test), in %."""
     args = training_arguments(f"{trainer} {flags}")
     args.seed, args.evaluation_steps = seed, every
     data, points = fresh_data(seed), []
@@ -63,7 +63,7 @@ def draw(curves: dict[str, list[tuple[float, ...]]]) -> Figure:
 def main() -> None:
     parser = script_parser(__doc__, "curves.png")
     add = parser.add_argument
-    add("--seed", type=number(int, 0), default=1234, help="default: 1234")
+    add("--seed", type=number(int, 0), default=1234, help="random seed (default: 1234)")
     add(
         "--every",
         type=number(int, 1),

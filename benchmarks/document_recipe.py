@@ -1,10 +1,10 @@
-"""The course project's recipe, as its document describes it, on the project's own data.
+"""The training recipe in the course project's document, on the course project's data.
 
 python benchmarks/document_recipe.py
 
 The CNN is trained on train1 alone by SGD, on pixels from 0 to 255. In each colour, samples of the
-rarer label are repeated until both labels are equally frequent. Prints the test accuracy after each
-epoch.
+rarer label are repeated until both labels are equally frequent. The script prints the test accuracy
+after each epoch.
 """
 
 import torch
@@ -51,8 +51,8 @@ def accuracy(network: Network, samples: Samples) -> float:
 def main() -> None:
     parser = script_parser(__doc__, scheduler=False)
     add = parser.add_argument
-    add("--seed", type=number(int, 0), default=1234, help="default: 1234")
-    add("--epochs", type=number(int, 1), default=10, help="default: 10")
+    add("--seed", type=number(int, 0), default=1234, help="random seed (default: 1234)")
+    add("--epochs", type=number(int, 1), default=10, help="number of epochs (default: 10)")
     args = parser.parse_args()
     data = fresh_data(args.seed, **GENERATION)
     train1 = balanced(data.training[data.training.envs == 0])

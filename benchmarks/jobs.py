@@ -1,7 +1,7 @@
-"""Tools of the scripts in this folder: sweeps of jobs, tables, flags, figures.
+"""Tools for the scripts in this folder: sweeps of jobs, tables, flags, figures.
 
-A sweep's jobs run on all cores, one thread each, or on the workers of a Dask cluster. Its scheduler
-and workers start in the project's folder, with PYTHONPATH=.:benchmarks.
+The jobs of a sweep run on all cores or on the workers of a Dask cluster. Each job has one thread.
+The cluster's scheduler and workers start in the project's folder, with PYTHONPATH=.:benchmarks.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from trainer import (  # noqa: E402
     warn_of_unused,
 )
 
-OUTPUT = ROOT / "data" / "figures"  # git ignores it, so no run replaces a file in figures/
+OUTPUT = ROOT / "data" / "figures"  # ignored by git, so no run replaces a file in figures/
 LOCK = threading.Lock()
 SET_BY_SCRIPTS = ("trainer", "seed", "dataset_path", "save_model")
 
@@ -49,9 +49,9 @@ def run_jobs(
     """Run `function` with each job's arguments. Yield a job's key and its result when it finishes.
 
     Args:
-        function: at the top level of a script; workers import it by name, and its output is dropped
+        function: a function at the top level of a script; workers import it and drop its output
         jobs: key → arguments
-        scheduler: address of a Dask cluster that does the work, by default this machine's cores
+        scheduler: address of a Dask cluster; by default, jobs run on this machine's cores
 
     Raises:
         UserError: the cluster cannot be reached
@@ -69,7 +69,7 @@ def run_jobs(
 def workers(scheduler: str | None) -> Iterator[None]:
     """Choose where joblib runs jobs: on this machine's cores or on a Dask cluster."""
     if scheduler is None:
-        # Without it, an error in a job is followed by warnings of semaphores that workers left.
+        # Otherwise, an error in a job is followed by warnings about leaked semaphores.
         os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
         with parallel_config("loky"):
             yield
@@ -79,7 +79,7 @@ def workers(scheduler: str | None) -> Iterator[None]:
 
         client = Client(scheduler, timeout=10)
         client.wait_for_workers(1, timeout=10)
-    except Exception as error:  # Dask raises many kinds
+    except Exception as error:  # Dask raises many types
         reason = str(error).split("\n")[0]
         raise UserError(
             f"The Dask cluster {scheduler} cannot be used ({reason}). "
@@ -90,7 +90,7 @@ def workers(scheduler: str | None) -> Iterator[None]:
 
 
 def perform(script: str, name: str, key: object, arguments: tuple) -> tuple[object, object]:
-    """Run one job in a worker, one at a time and with one thread.
+    """Run one job in a worker, with one thread. A worker runs one job at a time.
 
     The lock is needed because torch's random numbers belong to the process, and Dask's workers can
     have several threads.
@@ -114,7 +114,7 @@ class Table:
         resume: keep the rows of an existing file
 
     Raises:
-        UserError: the file exists and `resume` is false, or it is not such a table
+        UserError: the file exists and `resume` is false, or it has other columns
     """
 
     def __init__(self, path: Path, columns: dict[str, type], resume: bool = True):
@@ -144,9 +144,9 @@ class Table:
         """Run the jobs that have no rows yet, and write the table after each of them.
 
         Args:
-            function: returns a list of rows, the values between a job's columns and `commit`
+            function: returns a list of rows, without the job's columns and `commit`
             jobs: values of the job's columns → arguments of `function`
-            scheduler: address of a Dask cluster
+            scheduler: address of a Dask cluster; by default, this machine's cores
         """
         length = len(next(iter(jobs)))
         finished = {tuple(row.values())[:length] for row in self.rows}
@@ -196,8 +196,8 @@ def fresh_data(seed: int, **generation: object) -> Dataset:
     """Generate data in a temporary folder and load them.
 
     Args:
-        seed: of the data
-        generation: more arguments of `preprocessing.generate_environments`
+        seed: seed of the data
+        generation: other arguments of `preprocessing.generate_environments`
     """
     with tempfile.TemporaryDirectory() as folder:
         generate_environments(folder, seed=seed, **generation)
@@ -210,13 +210,13 @@ def script_parser(
     table: str | None = None,
     scheduler: bool = True,
 ) -> argparse.ArgumentParser:
-    """Return a script's parser, with the flags that several scripts have.
+    """Return a script's parser, with the flags that several scripts share.
 
     Args:
         description: the script's docstring
         figure: name of the figure, None if the script draws none
         table: name of the CSV file, None if the script writes none
-        scheduler: whether the script has jobs
+        scheduler: whether the script runs jobs
     """
     parser = argparse.ArgumentParser(
         description=description,
@@ -240,23 +240,23 @@ def script_parser(
             metavar="CSV",
             help=f"table to write, job by job (default: data/figures/{table})",
         )
-        add("--resume", action="store_true", help="keep the table's rows and compute the others")
+        add("--resume", action="store_true", help="keep the table's rows, compute missing ones")
     if scheduler:
         add(
             "--scheduler",
             metavar="tcp://HOST:8786",
-            help="Dask cluster that does the work (default: this machine's cores)",
+            help="Dask cluster that runs the jobs (default: this machine's cores)",
         )
     return parser
 
 
 def training_arguments(row: str) -> argparse.Namespace:
-    """Parse a trainer and more flags of exp-mnist.py, such as "IRM --iteration 1200".
+    """Parse a trainer and other flags of exp-mnist.py, such as "IRM --iteration 1200".
 
     A wrong flag ends the script. A flag that has no effect gives a warning.
 
     Raises:
-        UserError: a flag that the scripts set themselves
+        UserError: the row has a flag that the scripts set themselves
     """
     words = row.split()
     for name in SET_BY_SCRIPTS:
@@ -276,8 +276,8 @@ def watch_training(
     """Train a repetition as `trainer.train_repetition` does, and watch it.
 
     Args:
-        watch: called with the network, the validation samples and the number of finished
-            iterations, first 0, then every `evaluation_steps`
+        watch: function called before the training and every `evaluation_steps`, with the network,
+            the validation samples and the number of finished iterations
     """
     seed_repetition(args, repetition)
     training, validation = data.hold_out(args.validation)

@@ -3,10 +3,10 @@
 python benchmarks/paper_table.py
 
 The environments have shuffled digits, p_f 0.25 and p_e 0.2, 0.1 and 0.9. Each step trains on all
-50,000 training digits, in float32, with an annealed penalty. The hyperparameters of IRM and of
-grayscale were chosen by test accuracy, as the paper's code says. The table has the mean and the
-population standard deviation of the test accuracy over draws of the data. Seconds are CPU seconds
-of a training.
+50,000 training digits, in float32, with an annealed penalty. According to the paper's code, the
+hyperparameters of IRM and of grayscale were chosen by test accuracy. The data are generated anew in
+each draw. The table has the mean and the population standard deviation of the test accuracy over
+the draws. Seconds are the CPU seconds of one training.
 """
 
 import time
@@ -77,7 +77,7 @@ class PaperNetwork(Network):
 
 
 def paper_batch(samples: Samples) -> Batch:
-    """Return all samples as one batch, with every other row and column, value / 255."""
+    """Return all samples as one batch: every other row and column of the images, value / 255."""
     images = samples.images[:, :, ::2, ::2].float() / 255
     return Batch(images, samples.labels, samples.colors, samples.envs)
 
@@ -116,7 +116,7 @@ def measure(name: str, device: str, draw: int) -> list[tuple[float, float]]:
 
 
 def report(rows: list[dict]) -> None:
-    """Print the paper's results and those in `rows`."""
+    """Print the paper's results beside the results in `rows`."""
     lines = []
     for name in PROTOCOLS:
         trainings = select(rows, row=name)
@@ -131,8 +131,8 @@ def report(rows: list[dict]) -> None:
 def main() -> None:
     parser = script_parser(__doc__, table="paper_table.csv")
     add, names = parser.add_argument, list(PROTOCOLS)
-    add("--rows", nargs="+", choices=names, default=names, help="default: all")
-    add("--draws", type=number(int, 1), default=10, help="of the data (default: 10)")
+    add("--rows", nargs="+", choices=names, default=names, help="rows of the table (default: all)")
+    add("--draws", type=number(int, 1), default=10, help="generated data sets (default: 10)")
     add("--cuda", action="store_true", help="train on the GPU")
     args = parser.parse_args()
     if args.cuda and not torch.cuda.is_available():

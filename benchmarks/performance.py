@@ -1,14 +1,16 @@
-"""Time and memory of a command and of a crossbar, as ratios to a fixed computation, in Markdown.
+"""Time and memory of exp-mnist.py and time of a crossbar, in Markdown.
 
 python benchmarks/performance.py
 
-Training: the unit is the time of 1,200 products of the first layer forward and of its weight
-gradient (1024 x 2352 by 2352 x 64) in float32. Three repetitions of 400 iterations make as many on
-RGB images. Unit and command are measured in turn, because machines are noisy. More flags are passed
-on to exp-mnist.py.
+The time of exp-mnist.py is measured in units. A unit is the time of 1,200 products of the first
+layer (1024 x 2352 by 2352 x 64) and 1,200 products of its weight gradient, in float32. Three
+repetitions of 400 iterations need the same products for RGB images. The unit and exp-mnist.py are
+measured in turn, because the speed of a machine varies. The script also accepts the flags of
+exp-mnist.py.
 
-Crossbar: conversion, tuning and evaluation by MemTorch's own functions (patch_model with VTEAM
-devices and naive scaling, tune_, its inference), and by to_crossbar, on one untrained network.
+The time of a crossbar is measured on one untrained network, first with MemTorch's own functions and
+then with `to_crossbar`. It includes conversion, tuning and evaluation. MemTorch's functions are
+patch_model with VTEAM devices and naive scaling, tune_, and its inference.
 """
 
 import argparse
@@ -43,14 +45,14 @@ print(time.perf_counter() - start, usage.ru_maxrss / 1024, status)
 
 
 def clock(compute: Callable[[], object]) -> tuple[float, object]:
-    """Return the seconds of a call and its result."""
+    """Call a function. Return its seconds and its result."""
     start = time.perf_counter()
     result = compute()
     return time.perf_counter() - start, result
 
 
 def products(count: int) -> None:
-    """Compute the products of the unit."""
+    """Compute the unit's products, `count` of each kind."""
     inputs, weight = torch.randn(1024, 2352), torch.randn(2352, 64)
     gradient = torch.randn(1024, 64)
     for _ in range(count):
@@ -58,7 +60,7 @@ def products(count: int) -> None:
 
 
 def whole_command(arguments: list[str]) -> tuple[float, float]:
-    """Return the seconds and the peak memory, in MiB, of exp-mnist.py, imports included."""
+    """Run exp-mnist.py. Return its seconds and its peak memory in MiB, imports included."""
     command = [sys.executable, str(ROOT / "exp-mnist.py"), *arguments]
     output = subprocess.check_output([sys.executable, "-c", COMMAND, *command])
     seconds, peak, status = map(float, output.split())
@@ -68,7 +70,7 @@ def whole_command(arguments: list[str]) -> tuple[float, float]:
 
 
 def training_lines(flags: list[str], runs: int) -> list[list[str]]:
-    """Measure the command and the generation of the data."""
+    """Measure exp-mnist.py and the generation of the data. Return lines of the table."""
     units, generations, seconds, peaks = [], [], [], []
     products(50)  # the first ones are slower
     for _ in range(runs):
@@ -96,7 +98,7 @@ def training_lines(flags: list[str], runs: int) -> list[list[str]]:
 
 
 def converted_by_memtorch(network: nn.Module) -> nn.Module:
-    """Return a network that MemTorch itself converted, with the course project's settings."""
+    """Convert a network with MemTorch alone, in the course project's settings."""
     import memtorch
 
     return memtorch.mn.Module.patch_model(
@@ -117,7 +119,7 @@ def converted_by_memtorch(network: nn.Module) -> nn.Module:
 
 
 def crossbar_lines(args: argparse.Namespace) -> list[list[str]]:
-    """Measure both ways onto a crossbar."""
+    """Measure MemTorch's functions and `to_crossbar`. Return lines of the table."""
     data = fresh_data(args.seed)
     torch.manual_seed(0)
     network, _ = build(args)
@@ -148,8 +150,8 @@ def crossbar_lines(args: argparse.Namespace) -> list[list[str]]:
 def main() -> None:
     parser = script_parser(__doc__, scheduler=False)
     add = parser.add_argument
-    add("--runs", type=number(int, 1), default=5, help="of the command (default: 5)")
-    add("--trainer", default="IRM", choices=TRAINERS, help="default: IRM")
+    add("--runs", type=number(int, 1), default=5, help="runs of exp-mnist.py (default: 5)")
+    add("--trainer", default="IRM", choices=TRAINERS, help="trainer to measure (default: IRM)")
     args, words = parser.parse_known_args()
     training = training_arguments(" ".join([args.trainer, *words]))
     check_devices(r_on=1, r_off=2)  # ends here if MemTorch is missing

@@ -1,15 +1,15 @@
-"""Table of results, in Markdown: any flags of exp-mnist.py, over seeds.
+"""Table of results over seeds, for any flags of exp-mnist.py, in Markdown.
 
 python benchmarks/results.py
 python benchmarks/results.py --seeds $(seq 40000 40009)
 python benchmarks/results.py --rows IRM "VREx --beta 30" "IRM --iteration 1200" --seeds 0 1 2 3 4
 
-A row is a trainer and more flags of exp-mnist.py. Each seed generates its own data. A seed has one
-training, or three without --seeds, or as many as --repetitions in a row says. A training gives the
-same numbers as `OMP_NUM_THREADS=1 python exp-mnist.py --no_cuda` with the same flags. The table has
-the mean and the population standard deviation of a training. Unseen digits are a test environment
-of MNIST's own test digits. Seconds are CPU seconds of a training on one core. Two trainers are only
-here, as controls: ERM_train2 and groupDRO_groups.
+A row is a trainer with other flags of exp-mnist.py. Each seed generates its own data. A row has one
+training per seed, or three trainings without --seeds. --repetitions in a row changes this number. A
+training gives the same numbers as `OMP_NUM_THREADS=1 python exp-mnist.py --no_cuda` with the same
+flags. The table has the mean and the population standard deviation over the trainings. Unseen
+digits are a test environment made from MNIST's test digits. Seconds are the CPU seconds of one
+training. ERM_train2 and groupDRO_groups are controls, which exist only in this script.
 """
 
 import time
@@ -32,7 +32,7 @@ COLUMNS = {"data": str, "row": str, "seed": int, "repetition": int} | dict.fromk
 
 
 class ERMOnTrain2(Loss):
-    """ERM on the minibatch's samples of train2 alone."""
+    """ERM on the samples of train2 in a minibatch."""
 
     def forward(self, network: Network, batch: Batch) -> Tensor:
         return self.losses(network(batch.images), batch)[batch.envs == 1].mean()
@@ -64,9 +64,9 @@ def measure(
     """Train one repetition and test it. Return one row of the values of `METRICS`.
 
     Args:
-        row: a trainer and more flags of exp-mnist.py
-        seed: of the data and the training
-        repetition: 1, 2 ...
+        row: a trainer and other flags of exp-mnist.py
+        seed: seed of the data and the training
+        repetition: number of the repetition, 1, 2 ...
         p_f: probability of flipping a label
         p_e: probability that the colour differs from the label, in train1, train2 and test
     """
@@ -116,19 +116,19 @@ def main() -> None:
         help='trainer and flags, such as IRM "IRM --iteration 1200" (default: six rows)',
     )
     add("--seeds", type=number(int, 0), nargs="+", help="default: 1234, with three trainings")
-    add("--p_f", type=probability, default=P_F, help=f"as in preprocessing.py (default: {P_F})")
+    add("--p_f", type=probability, default=P_F, help=f"probability of label flips (default: {P_F})")
     add(
         "--p_e",
         type=probability,
         nargs=3,
         default=P_E,
-        help=f"as in preprocessing.py (default: {P_E})",
+        help=f"probability that the colour differs from the label (default: {P_E})",
     )
     args = parser.parse_args()
     table = Table(args.table, COLUMNS, args.resume)
     p_f, p_e = args.p_f, tuple(args.p_e)
     data = f"p_f {p_f}, p_e {' '.join(map(str, p_e))}"
-    rows = {}  # row → its trainings of each seed
+    rows = {}  # row → number of trainings per seed
     for row in map(str.strip, args.rows):
         training = training_arguments(row)
         given = "--repetitions" in row

@@ -1,12 +1,13 @@
-"""Accuracy on damaged crossbars, of plain and hardened networks.
+"""Accuracy of plain and hardened networks on damaged crossbars.
 
 python benchmarks/robustness.py
 python benchmarks/robustness.py --trainers Backdoor groupDRO --seeds 1234 40000
 
-Tests each network on its own and on crossbars in every condition below, with five patterns of a
-random one. Hardening is also tried with one of its ingredients alone: the limit on the weights, or
-the stuck devices in training. Prints the accuracy in the test environment and the loss against the
-same network without a crossbar. Draws the first trainer. More flags are passed on to exp-mnist.py.
+The script tests each network without a crossbar and on a crossbar in each of `CONDITIONS`. A random
+condition is tested with five patterns. Hardening is also tested with one ingredient alone, either
+the limit on the weights or the stuck devices in training. The script prints the test accuracy and
+the points lost against the same network without a crossbar. The figure shows the first trainer. The
+script also accepts the flags of exp-mnist.py.
 """
 
 import math
@@ -49,10 +50,10 @@ CONDITIONS |= {
     },
 }
 RANDOM = {"lrs_proportion", "hrs_proportion", "device_variability"}
-PATTERNS = 5  # of each random condition
+PATTERNS = 5  # patterns of each random condition
 PRINTED = ("crossbar", "10 % on", "20 % on", "50 % off", "10 % on, 10 % off", "2 states")
 PRINTED += ("2-bit ADCs", "r_off / r_on = 10", "variability 0.5", "all at once")
-# Title of each panel → positions on its axis and conditions. Strings stand at equal distances.
+# Title of a panel → position on its axis → condition. Strings are spaced equally.
 PANELS = {
     "devices stuck on, %": {0: "crossbar"} | {n: f"{n} % on" for n in (10, 20, 30)},
     "devices stuck off, %": {0: "crossbar"} | {n: f"{n} % off" for n in (25, 50)},
@@ -67,7 +68,7 @@ KINDS = {
     "faults only": {"limit": math.inf},
 }
 DRAWN = {"plain": "tab:orange", "hardened": "tab:blue"}
-TAKEN_APART = ("Backdoor", "groupDRO")  # trainers with all kinds, others have the first two
+TAKEN_APART = ("Backdoor", "groupDRO")  # trainers tested with all kinds; others with two
 COLUMNS = {"trainer": str, "flags": str, "kind": str, "seed": int, "repetition": int}
 COLUMNS |= {"condition": str, "pattern": int, "accuracy": float, "current": float}
 
@@ -79,7 +80,7 @@ def measure(
 
     Returns:
         rows of (condition, pattern, test accuracy, current); the current is the summed conductance
-        of layer 1 on an undamaged crossbar, as a multiple of the plain network's
+        of layer 1 on an undamaged crossbar, relative to the plain network
     """
     args = training_arguments(f"{trainer} {flags}")
     args.seed = seed
@@ -113,7 +114,7 @@ def accuracies(rows: list[dict], **values: object) -> list[float]:
 
 
 def losses(rows: list[dict], condition: str) -> list[float]:
-    """Return the points that each crossbar of a condition loses against its own network."""
+    """Return the points that each crossbar of a condition loses against the digital network."""
     lost = []
     for digital in select(rows, condition="digital"):
         network = {name: digital[name] for name in ("seed", "repetition")}
@@ -179,8 +180,14 @@ def main() -> None:
     parser = script_parser(__doc__, "robustness.png", "robustness.csv")
     add = parser.add_argument
     three = ["Backdoor", "groupDRO", "IRM"]
-    add("--trainers", nargs="+", choices=TRAINERS, default=three, help=f"default: {three}")
-    add("--seeds", type=number(int, 0), nargs="+", default=[1234], help="default: 1234")
+    add(
+        "--trainers",
+        nargs="+",
+        choices=TRAINERS,
+        default=three,
+        help=f"default: {three}",
+    )
+    add("--seeds", type=number(int, 0), nargs="+", default=[1234], help="seeds (default: 1234)")
     args, words = parser.parse_known_args()
     memristor.check_devices(r_on=1, r_off=2)  # ends here if MemTorch is missing
     flags, jobs = " ".join(words), []

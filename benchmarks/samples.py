@@ -1,4 +1,4 @@
-"""Grid of images: a row for each environment, with each image's label y above it.
+"""Grid of images, with a row for each environment and the label y above each image.
 
 python benchmarks/samples.py
 """
@@ -59,7 +59,7 @@ def draw(data: Dataset) -> Figure:
 def main() -> None:
     parser = script_parser(__doc__, "samples.png", scheduler=False)
     parser.add_argument(
-        "--seed", type=number(int, 0), default=1234, help="of the data (default: 1234)"
+        "--seed", type=number(int, 0), default=1234, help="seed of the data (default: 1234)"
     )
     args = parser.parse_args()
     data = fresh_data(args.seed)

@@ -2,10 +2,10 @@
 
 python benchmarks/stuck.py
 
-The script trains three repetitions for each of twenty student IDs. All IDs with a training below 55 %
-in figures/student_numbers.csv are among them. Every 40 iterations, the script measures the test
-accuracy and the fraction of test logits that are exactly 0. A logit of 0 predicts label 0. Trainings
-below 60 % after 400 iterations are marked.
+The script trains three repetitions for each of twenty student IDs. They include all IDs with a
+training below 55 % in figures/student_numbers.csv. Every 40 iterations, the script measures the
+test accuracy and the fraction of test logits that are exactly 0. A logit of 0 predicts label 0.
+Trainings below 60 % after 400 iterations are marked.
 """
 
 from statistics import fmean
@@ -53,7 +53,7 @@ def observe(student_number: int, repetition: int) -> list[tuple[int, float, floa
 
 
 def default_numbers() -> list[int]:
-    """Return twenty student IDs: first those with a training below 55 % after 400 iterations."""
+    """Return twenty student IDs, first all that have a training below 55 %."""
     rows = Table(ROOT / "figures" / "student_numbers.csv", STUDENT_NUMBERS).rows
     stuck = [row["number"] for row in select(rows, trainer="IRM", flags="") if row["test"] < 0.55]
     return list(dict.fromkeys(stuck + chosen_numbers(20)))[:20]

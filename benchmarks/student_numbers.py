@@ -1,11 +1,12 @@
-"""Distribution of accuracy over student numbers, for the two graded trainers.
+"""Distribution of accuracy over student IDs, for the two graded trainers.
 
 python benchmarks/student_numbers.py --numbers 300
 python benchmarks/student_numbers.py --numbers 100 --resume --iteration 1200
 
-A number is the seed of the data and of three repetitions, as in `exp-mnist.py --seed NUMBER`. The
-numbers are chosen at random among those that nobody had looked at when the protocol was settled.
-More flags are passed on to exp-mnist.py. Writes a table, prints a summary of it, and draws it.
+The last four digits of a student ID are the seed of the data and of three repetitions, as in
+`exp-mnist.py --seed 1234`. The IDs are chosen at random, without the IDs whose results were looked
+at before the protocol was final. The script writes a table, prints a summary of it and draws it.
+It also accepts the flags of exp-mnist.py.
 """
 
 import random
@@ -23,7 +24,7 @@ GRADED = {"groupDRO": "tab:green", "IRM": "tab:purple"}
 ENVIRONMENTS = {"test": "test environment", "unseen": "unseen digits"}
 COLUMNS = {"number": int, "trainer": str, "flags": str, "repetition": int}
 COLUMNS |= {"test": float, "unseen": float}
-LOOKED_AT = 1000  # the first numbers of the random order
+LOOKED_AT = 1000  # IDs at the start of the random order
 
 
 def accuracies(
@@ -35,12 +36,12 @@ def accuracies(
 
 
 def chosen_numbers(count: int) -> list[int]:
-    """Return student numbers that were not looked at before, in an order that never changes."""
+    """Return random student IDs that nobody had looked at, always in the same order."""
     return random.Random(0).sample(range(10000), 10000)[LOOKED_AT:][:count]
 
 
 def means(rows: list[dict], environment: str) -> dict[int, float]:
-    """Return each number's mean accuracy over its repetitions, in %."""
+    """Return each student ID's mean accuracy over its repetitions, in %."""
     values = {}
     for row in rows:
         values.setdefault(row["number"], []).append(100 * row[environment])
@@ -48,13 +49,17 @@ def means(rows: list[dict], environment: str) -> dict[int, float]:
 
 
 def report(rows: list[dict]) -> None:
-    """Print a Markdown table. The accuracy of a number is the mean of its repetitions."""
-    titles = ["trainer", "accuracy in", "numbers", "mean, %", "below 60 %", "worst number"]
+    """Print a Markdown table. The accuracy of a student ID is the mean of its repetitions."""
+    titles = ["trainer", "accuracy in", "student IDs", "mean, %", "below 60 %", "worst ID"]
     titles += ["1st to 99th percentile", "worst single training"]
     titles += ["standard deviation of a training"]
     lines = []
-    groups = {(row["trainer"], row["flags"]) for row in rows}
-    for trainer, flags in sorted(groups, key=lambda group: (list(GRADED).index(group[0]), group)):
+    groups = [
+        (trainer, flags)
+        for trainer in GRADED
+        for flags in sorted({row["flags"] for row in select(rows, trainer=trainer)})
+    ]
+    for trainer, flags in groups:
         trainings = select(rows, trainer=trainer, flags=flags)
         for environment, title in ENVIRONMENTS.items():
             values = means(trainings, environment)
@@ -79,11 +84,11 @@ def report(rows: list[dict]) -> None:
 
 
 def draw(rows: list[dict]) -> Figure:
-    """Draw histograms: a row of panels for each value of flags, a column for test and unseen."""
+    """Draw histograms, with a row for each value of flags and a column for each environment."""
     all_flags = sorted({row["flags"] for row in rows})
     figure = Figure(figsize=(9, 0.9 + 2.6 * len(all_flags)), layout="constrained")
     figure.suptitle(
-        "Accuracy of each student number: the mean of its repetitions. Arrows: the worst number",
+        "Accuracy of each student ID: the mean of its repetitions. Arrows: the worst ID",
         fontsize=11,
     )
     grid = figure.subplots(len(all_flags), 2, sharex=True, sharey="row", squeeze=False)
@@ -98,8 +103,7 @@ def draw(rows: list[dict]) -> Figure:
                 axis.hist(list(values.values()), bins, color=color, alpha=0.6, label=trainer)
                 worst = min(values, key=values.get)
                 axis.annotate(
-                    f"{trainer}, worst of {len(values)}:\nnumber {worst:04d}, "
-                    f"{values[worst]:.1f} %",
+                    f"{trainer}, worst of {len(values)}:\nID {worst:04d}, {values[worst]:.1f} %",
                     (values[worst], 0),
                     (0.02, height),
                     textcoords="axes fraction",
@@ -113,7 +117,7 @@ def draw(rows: list[dict]) -> Figure:
             axis.axvline(60, color="black", linestyle="--", zorder=0, label="60 %: full marks")
             protocol = f"with {flags}" if flags else "to the letter of the assignment"
             axis.set_title(f"{title}, {protocol}", fontsize=10)
-        axes[0].set_ylabel("student numbers")
+        axes[0].set_ylabel("student IDs")
     for axis in grid[-1]:
         axis.set_xlim(lowest - 1, highest + 1)
         axis.set_xlabel("accuracy, % (bars of 0.25 points)")
@@ -129,14 +133,13 @@ def main() -> None:
         "--numbers",
         type=number(int, 1, 10000 - LOOKED_AT),
         default=100,
-        help="how many (default: 100)",
+        help="random student IDs (default: 100)",
     )
-    add("--only", type=number(int, 0, 9999), nargs="+", metavar="NUMBER", help="these numbers")
-    add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, train nothing")
+    add("--only", type=number(int, 0, 9999), nargs="+", metavar="NUMBER", help="only these IDs")
+    add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, do not train")
     args, words = parser.parse_known_args()
     flags = " ".join(words)
-    for trainer in GRADED:
-        repetitions = training_arguments(f"{trainer} {flags}").repetitions
+    repetitions = max(training_arguments(f"{name} {flags}").repetitions for name in GRADED)
     if args.source:
         table = Table(args.source, COLUMNS)
         if not table.rows:

@@ -24,7 +24,7 @@ import preprocessing  # noqa: E402
 
 
 def require_memtorch():
-    """Return the module memtorch. Skip the calling file without it, or fail it under CI."""
+    """Return the module memtorch. If it is missing, skip the calling file, or fail it under CI."""
     try:
         return importlib.import_module("memtorch")
     except ImportError as error:
@@ -51,9 +51,9 @@ def command():
 
 @pytest.fixture(scope="session")
 def in_process():
-    """Run one of the project's scripts in this process, which saves its start of some seconds.
+    """Run one of the project's scripts in this process, which saves seconds of start-up.
 
-    It takes and returns the same as `command`. An exception of the script is raised.
+    Arguments and result are the same as for `command`. An exception of the script is raised.
     """
 
     def run(*arguments):

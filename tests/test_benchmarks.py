@@ -31,7 +31,7 @@ DATA = "p_f 0.2, p_e 0.1 0.4 0.9"
 
 @pytest.fixture(scope="module", autouse=True)
 def small_mnist(tmp_path_factory):
-    """Let scripts in this process use 600 digits, of MNIST's 60,000, and one job at a time."""
+    """Let scripts in this process use 600 of MNIST's digits and run one job at a time."""
     folder = tmp_path_factory.mktemp("mnist")
     with np.load(ROOT / "data" / "mnist.npz") as archive:
         small = {name: archive[name][: 600 if "train" in name else 200] for name in archive}
@@ -48,7 +48,7 @@ def small_mnist(tmp_path_factory):
 
 @pytest.fixture
 def module():
-    """Import a script, or skip the test if it needs MemTorch, which is missing."""
+    """Import a script. Skip the test if the script needs MemTorch and MemTorch is missing."""
 
     def load(name):
         if name in NEEDS_MEMTORCH:
@@ -122,7 +122,7 @@ TRAINERS["VREx"] = VREx
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, small_mnist):
-    """A copy of the project with a loss of the user's, its flag, and small data."""
+    """A copy of the project with a user's loss, the flag of this loss, and small data."""
     folder = tmp_path_factory.mktemp("project")
     for path in (*ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")):
         (folder / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
@@ -160,7 +160,7 @@ def start(project):
 
 
 def test_killed_sweep_continues_with_the_same_rows(project, start, run):
-    """Two rows are a loss of the user's, two are known to this process as well."""
+    """Two rows have a user's loss, which only the copy knows."""
     rows = [
         f"{name} --iteration 10" for name in ("VREx --beta 30", "VREx", "groupDRO_groups", "IRM")
     ]
@@ -309,7 +309,7 @@ def test_a_row_cannot_set_everything(in_process, tmp_path, flag):
     assert_one_line(in_process(*sweep), flag.split("=")[0].split()[0])
 
 
-def test_an_unused_flag_of_a_row_is_warned_of(in_process, tmp_path):
+def test_an_unused_flag_of_a_row_gives_a_warning(in_process, tmp_path):
     sweep = ("results", "--rows", "IRM --iteration 1 --eta 3", "--seeds", 1)
     result = in_process(*sweep, "--table", tmp_path / "table.csv")
     assert_one_line(result, "warning", "--eta", status=(0,))
@@ -343,7 +343,7 @@ def test_flip_rate(module):
 
 
 def test_unseen_digits_have_the_test_environments_probabilities(run):
-    """ERM learns the colour, which here is the label for the unseen digits as well."""
+    """ERM learns the colour, which here equals the label, also for the unseen digits."""
     arguments = ("--rows", "ERM --iteration 20", "--seeds", 1, "--p_f", 0, "--p_e", 0, 0)
     _, (result,) = run("results", *arguments, 0)
     assert float(result["unseen"]) == float(result["test"]) == 1
@@ -401,7 +401,7 @@ def test_report_and_figure_of_student_numbers(run, module, tmp_path):
     out, _ = run("student_numbers", "--from", table, table=table)
     _, bias, _, irm, unseen = cells(out)
     assert bias[:4] == ["groupDRO, `--bias`", "test environment", "1", "70.0"]
-    # The numbers have 63.5, 55.5 and 67.5 %.
+    # The student IDs have 63.5, 55.5 and 67.5 %.
     assert irm[:6] == ["IRM", "test environment", "3", "62.2", "33.3%", "55.5 (0002)"]
     assert irm[6:] == ["55.7 to 67.4", "55.0 (0002)", "5.0"]
     assert unseen[:6] == ["IRM", "unseen digits", "3", "75.5", "0.0%", "73.5 (0001)"]
@@ -411,7 +411,7 @@ def test_report_and_figure_of_student_numbers(run, module, tmp_path):
     assert ["--bias" in axis.get_title() for axis in axes] == [False, False, True, True]
     heights = [sum(bar.get_height() for bar in axis.patches) for axis in axes]
     assert heights == [3, 3, 1, 1]
-    assert axes[0].texts[0].get_text() == "IRM, worst of 3:\nnumber 0002, 55.5 %"
+    assert axes[0].texts[0].get_text() == "IRM, worst of 3:\nID 0002, 55.5 %"
 
 
 def test_student_numbers_are_chosen_among_those_that_nobody_looked_at(module):

@@ -1,4 +1,4 @@
-"""The three file formats, files that are refused, and the samples that come of them."""
+"""The three file formats, the samples read from them, and files that are refused."""
 
 import os
 import pickle
@@ -156,7 +156,7 @@ def test_a_refused_file_is_one_line_of_the_command(in_process, folder):
     assert_one_line(result, folder / "test.pt", f"Delete {folder} to generate the data again")
 
 
-def test_truncated_and_other_files(folder, small_files):
+def test_truncated_and_unrelated_files_are_refused(folder, small_files):
     whole = (small_files / "train1.pt").read_bytes()
     chosen = random.Random(0)
     cuts = [whole[: chosen.randrange(len(whole))] for _ in range(10)]
@@ -215,13 +215,13 @@ def test_a_file_that_cannot_be_read(folder):
         load_data(folder.parent)
 
 
-def test_another_environment_under_this_name(folder):
-    """Its digits would have been trained on."""
+def test_a_file_of_another_environment_is_refused(folder):
+    """Otherwise the test environment would have training digits."""
     shutil.copy(folder / "train1.pt", folder / "test.pt")
     assert_file_refused(folder, "test.pt")
 
 
-def test_missing_and_additional_files(in_process, folder, download):
+def test_missing_and_additional_files_are_refused(in_process, folder, download):
     def assert_names_refused():
         result = in_process("exp-mnist.py", "--dataset_path", folder.parent)
         files = "must have train1.pt, train2.pt and test.pt, or train.pt, val.pt and test.pt"
@@ -301,6 +301,7 @@ def test_the_unchanged_records_are_accepted(folder):
         [(image(), 1)] * 3,
         [(image(), 1, True, 7)] * 3,
         [(image(), 1, True), (image(), 1)],
+        [(image(), 1, True), (image(), 1, True, 7)],
         [(image(color=(0, 9, 0)), 1, True)] * 3,
         [(image(color=(9, 9, 0)), 1, True)] * 3,
         [(image(), 7, True)] * 3,
@@ -313,7 +314,7 @@ def test_the_unchanged_records_are_accepted(folder):
         [(image(), 1, True), 5],
     ],
 )
-def test_other_contents(folder, content):
+def test_invalid_contents_are_refused(folder, content):
     torch.save(content, folder / "train2.pt")
     assert_file_refused(folder, "train2.pt")
 
@@ -333,7 +334,7 @@ def test_other_contents(folder, content):
         lambda images, labels, envs: [images.flip(1), labels, envs],
     ],
 )
-def test_other_normalised_contents(download, tmp_path, change):
+def test_invalid_normalised_contents_are_refused(download, tmp_path, change):
     folder = shutil.copytree(download, tmp_path / "ColoredMNIST")
     torch.save(change(*read(folder, "val")), folder / "val.pt")
     assert_file_refused(folder, "val.pt")

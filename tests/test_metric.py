@@ -71,7 +71,7 @@ def test_empty_groups_are_left_out():
 
 
 def log_text(trainer="IRM", accuracy=0.7, deviation=0.04, crossbar=False):
-    """Return the lines of a log that the table depends on, among others."""
+    """Return the lines of a log, with all that the table depends on."""
     lines = [
         f"Arguments: {{'trainer': '{trainer}', 'network': 'MLP', 'seed': 1234}}",
         "Repetition 1 of 1",
@@ -163,7 +163,7 @@ def test_a_log_without_a_summary_is_named(table, tmp_path, text):
 
 
 @pytest.mark.parametrize("deviation", ["0.0", "1e-05", "2.5e-05", "0.05599590758856103"])
-def test_numbers_are_read_in_every_form_that_python_prints(table, deviation):
+def test_numbers_are_read_in_every_format_that_python_prints(table, deviation):
     rows, _ = table(log_text("IRM", 0.65, deviation))
     assert rows[0][1] == f"65.00 % ± {100 * float(deviation):.2f} %"
 

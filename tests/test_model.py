@@ -25,7 +25,7 @@ def random_batch(seed, size=96, environments=(0, 1)):
 
 
 class Given(nn.Module):
-    """A network whose logits of the batch are given. They are its parameters."""
+    """A network whose parameters are the logits of the batch."""
 
     def __init__(self, logits):
         super().__init__()
@@ -326,7 +326,7 @@ def test_arguments_of_the_mlp():
 
 
 def assert_equal_weights(network, layers):
-    """Assert that a network's layers have the weights of these, bit for bit, without blue."""
+    """Assert that a network has the weights of these layers, bit for bit, without blue."""
     ours = [layer for layer in network.phi if isinstance(layer, (nn.Linear, nn.Conv2d))]
     for layer, initial in zip(ours, layers, strict=True):
         assert torch.equal(layer.weight, initial.weight[:, : layer.weight.shape[1]])

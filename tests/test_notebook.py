@@ -1,4 +1,4 @@
-"""The course project's notebook: the saved one is complete, and it runs, shortened."""
+"""The course project's notebook. The saved one is complete, and a shortened one runs."""
 
 import importlib
 import json

@@ -247,7 +247,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(in_process, tmp_path, script)
 
 
 def test_existing_data_are_read_without_writing(small_files, tmp_path):
-    """So that they can be in a read-only folder, also for root, who could write there."""
+    """They can be in a read-only folder. The test also works for root, who could write there."""
     (tmp_path / "ColoredMNIST").symlink_to(small_files)
     tmp_path.chmod(0o500)
     assert len(load_data(tmp_path).test) == 60
@@ -334,17 +334,18 @@ def test_an_error_while_writing_keeps_the_old_file(tmp_path, error):
     assert (tmp_path / "file").read_text() == "before"
 
 
-def test_many_writers_of_one_file(tmp_path):
-    def write(content):
+def test_a_file_with_many_writers_is_complete_at_any_time(tmp_path):
+    def write_and_read(content):
         with replacing(tmp_path / "file") as partial, open(partial, "a") as file:
             for _ in range(3):
                 print(content, file=file, flush=True)
                 time.sleep(0.01)
 
+        return (tmp_path / "file").read_text()
+
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(write, range(8)))  # raises an error of a thread
-    (content,) = contents(tmp_path).values()
-    assert content in [f"{i}\n".encode() * 3 for i in range(8)]
+        for content in threads.map(write_and_read, range(8)):
+            assert content in [f"{i}\n" * 3 for i in range(8)]
 
 
 def test_a_full_disk_is_one_line(command, tmp_path):

@@ -1,4 +1,4 @@
-"""run.sh with PYTHON=, once with the project's scripts and otherwise with short ones instead."""
+"""run.sh with PYTHON=, once with the project's scripts, otherwise with short ones."""
 
 import os
 import re

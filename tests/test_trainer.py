@@ -46,7 +46,7 @@ SUMMARY = re.compile(
 
 
 def summary(result):
-    """Return the Summary of a log after checking its form."""
+    """Return the Summary of a log after checking its format."""
     assert result.returncode == 0, result.stderr
     last = result.stdout.splitlines()[-1]
     assert SUMMARY.fullmatch(last), last
@@ -65,7 +65,7 @@ def small(small_files):
 
 @pytest.fixture(scope="module")
 def quick(in_process, small_files):
-    """Run exp-mnist.py on the small data: 30 steps with a learning rate that makes them count."""
+    """Run exp-mnist.py on the small data for 30 steps, with a high learning rate."""
 
     def run(*arguments):
         flags = ("--dataset_path", small_files.parent, "--no_cuda", "--repetitions", 1)
@@ -211,7 +211,7 @@ def test_defaults_of_train_are_the_assignments_protocol(small):
     ("loss", "make"), [(ERM, MLP), (GroupDRO, MLP), (IRM, CNN), (Backdoor, MLP)]
 )
 def test_training_is_adam_on_minibatches(data, loss, make):
-    """Of 400 samples, every fourth minibatch of 120 has 40."""
+    """With 400 samples and minibatches of 120, every fourth minibatch has 40 samples."""
     samples = data.training[19800:20200]
     settings = {"learning_rate": 3e-3, "weight_decay": 0.1}
     ours = trained(samples, loss, make, iteration=7, batch_size=120, **settings)
@@ -230,7 +230,7 @@ def test_output_layer_stays_one(small, loss):
 
 
 def test_report_is_called_after_the_update_and_changes_nothing(small, capsys):
-    """With dropout, a training differs if a report uses random numbers or leaves its mode."""
+    """With dropout, used random numbers or evaluation mode would change the training."""
 
     def train_with_dropout(iteration, evaluation_steps=100, replace_report=False):
         torch.manual_seed(0)
@@ -496,7 +496,7 @@ def test_a_changed_flag_changes_the_summary(quick, small_summaries, trainer, cha
 def test_a_flag_of_another_trainer_or_network_gives_a_warning(quick, used, unused, shown):
     """The warning is one line on standard error. The flag changes nothing."""
     result = quick(*used, *unused)
-    assert_one_line(result, f"exp-mnist.py: warning: no effect of {shown}: ", status=(0,))
+    assert_one_line(result, f"exp-mnist.py: warning: {shown}: no effect, ", status=(0,))
     plain = quick(*used)
     assert plain.stderr == "" and summary(plain) == summary(result)
     assert quick(*used, "--eta", 0.05).stderr == ""  # the default
@@ -515,7 +515,7 @@ def test_the_first_run_generates_the_data_with_its_seed(quick, mnist, tmp_path, 
 def test_data_of_another_seed_give_a_warning(quick, small_files):
     result = quick("--seed", 4)
     summary(result)
-    warning = f"warning: seed 4 trains on data of seed 3. Delete {small_files} to generate"
+    warning = f"with seed 3, not with seed 4. Delete {small_files} to generate new data."
     assert_one_line(result, warning, status=(0,))
     assert quick("--seed", 3).stderr == ""
 
@@ -642,7 +642,7 @@ def test_arguments_of_functions_and_classes():
     assert arguments_of(Class, args) == {"samples": 2, "seed": 3, "eta": 0.5}
 
 
-def test_defaults_of_the_command_line_are_those_in_the_code():
+def test_defaults_of_the_command_line_are_the_same_as_in_the_code():
     args, compared = vars(parse()), set()
     functions = (*register.TRAINERS.values(), *register.NETWORKS.values(), train, load_data)
     for function in functions:
@@ -688,7 +688,7 @@ class VREx(Loss):
 
 
 def test_a_new_loss_with_a_new_flag(quick, new_flag, tmp_path, monkeypatch):
-    """It trains, is saved and loaded."""
+    """It can be trained, saved and loaded."""
     monkeypatch.setitem(register.TRAINERS, "VREx", VREx)
     new_flag("--beta", 10.0)
     plain = quick("--trainer", "VREx")
@@ -703,7 +703,7 @@ def test_a_misspelt_new_flag_gives_a_warning(quick, new_flag, monkeypatch):
     monkeypatch.setitem(register.TRAINERS, "VREx", VREx)
     new_flag("--betta", 10.0)
     result = quick("--trainer", "VREx", "--betta", 5)
-    assert_one_line(result, "warning: no effect of --betta: ", status=(0,))
+    assert_one_line(result, "warning: --betta: no effect, ", status=(0,))
 
 
 class Linear(Network):
@@ -718,7 +718,7 @@ def test_a_new_network(quick, monkeypatch):
     plain, biased = quick("--network", "Linear"), quick("--network", "Linear", "--bias")
     assert summary(plain) != summary(biased) and plain.stderr == biased.stderr == ""
     result = quick("--network", "Linear", "--drop_rate", 0.5, "--grayscale")
-    assert_one_line(result, "warning: no effect of --grayscale, --drop_rate: ", status=(0,))
+    assert_one_line(result, "warning: --grayscale, --drop_rate: no effect, ", status=(0,))
 
 
 # Saved networks.
@@ -837,7 +837,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"
 @gpu
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_training_on_a_gpu(data, trainer):
-    """Samples, network and the loss's state are on it. A CPU gives nearly the same predictions."""
+    """Everything is on the GPU. A CPU gives nearly the same predictions."""
     samples, test = data.training[18000:22000].to("cuda"), data.test[:2000]
     for index in (slice(5), torch.arange(4), torch.arange(4, device="cuda"), samples.envs == 1):
         assert all(value.is_cuda for value in samples[index].batch())
