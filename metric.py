@@ -109,9 +109,10 @@ def main() -> None:
         description="Print the test accuracy and the points of each log.", allow_abbrev=False
     )
     parser.add_argument("logs", nargs="+", metavar="LOG", help="log file, such as IRM_log.txt")
+    args = parser.parse_args()
     failed, points = False, {}
     print(f"{'trainer':<24}{'test accuracy':<22}points")
-    for path in parser.parse_args().logs:
+    for path in args.logs:
         try:
             log = read_log(path)
         except UserError as error:

@@ -5,6 +5,7 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 
 import argparse
 import contextlib
+import io
 import os
 import shutil
 import sys
@@ -183,9 +184,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save(record: object, path: Path) -> None:
-    """Save a record with torch. A full disk raises OSError, because torch gets an open file."""
-    with open(path, "wb") as file:
-        torch.save(record, file)
+    """Save a record with torch. A full disk raises OSError."""
+    buffer = io.BytesIO()  # because torch hides the OSError of a file
+    torch.save(record, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -44,7 +44,7 @@ install_memtorch() { # fail if MemTorch still cannot be imported
 }
 
 if command -v flock >/dev/null; then # one run at a time
-    exec 9>>run.sh # opened for the lock only
+    exec 9>run.lock
     flock -n 9 || { say "waiting for another run to end"; flock 9; }
 fi
 unset PIP_TARGET PIP_PREFIX # pip must install into .venv

@@ -167,7 +167,7 @@ def test_killed_sweep_continues_with_the_same_rows(project, start, run):
     table = project / "rows.csv"
     sweep = ("results.py", "--seeds", 1, 2, 3, "--table", table, "--rows", *rows)
     first = start(*sweep)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not table.exists():
         assert first.poll() is None and time.monotonic() < end
         time.sleep(0.01)

@@ -58,13 +58,12 @@ def test_a_new_loss_gets_into_the_table(project):
     (flag,) = [line for line in LINES if line.startswith('add("--beta"')]
     insert(project / "trainer.py", 'add("--reg_lambda"', f"    {flag}\n")
     (command,) = [line for line in LINES if line.startswith("python benchmarks/results.py")]
-    command = command.replace('"VREx --beta 30"', "'VREx --beta 30 --iteration 3'")
-    command = re.sub(r"--seeds [\d ]+", "--seeds 0 1 ", command)
+    command = command.replace("VREx --beta 30", "VREx --beta 30 --iteration 3")
+    command = re.sub(r"--seeds [\d ]+", "--seeds 0 ", command)
     command = command.replace("python", sys.executable, 1)
     result = subprocess.run(
         ["bash", "-c", command], cwd=project, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     rows = [line.split(" | ")[0] for line in result.stdout.splitlines() if line.startswith("| ")]
-    assert {"| VREx", "| `VREx --beta 30 --iteration 3`", "| IRM"} & set(rows), result.stdout
-    assert "VREx --beta 30 --iteration 3" in result.stdout
+    assert rows[2:] == ["| VREx", "| VREx, `--beta 30 --iteration 3`", "| IRM"]
