@@ -5,6 +5,7 @@ python preprocessing.py --dataset_path data --p_f 0.2 --p_e 0.1 0.4 0.9 --seed 1
 
 import argparse
 import contextlib
+import gc
 import io
 import os
 import shutil
@@ -198,6 +199,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
+        gc.freeze()  # saves 0.3 s, because Python does not search torch for garbage at its end
     except UserError as error:
         sys.exit(f"{script}: {error}")
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """Fixtures and helpers of all tests: the project's commands and small data."""
 
 import contextlib
+import gc
 import importlib
 import io
 import os
@@ -68,6 +69,7 @@ def in_process():
             status = end.code if isinstance(end.code, int) else 1
             err.write("" if isinstance(end.code, int) else f"{end.code}\n")
         finally:
+            gc.unfreeze()  # because Python does not end here
             sys.argv = argv
         return subprocess.CompletedProcess(rest, status, out.getvalue(), err.getvalue())
 
