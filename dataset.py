@@ -307,6 +307,8 @@ class ColoredMNIST(torch.utils.data.Dataset):
         transform: Callable | None = None,
         target_transform: Callable | None = None,
     ):
+        if env not in (*ENVIRONMENTS, "all_train"):
+            raise ValueError(f"env is {env!r}. Use train1, train2, test or all_train.")
         data = load_data(root)
         samples = (
             data.training

@@ -325,7 +325,7 @@ def training_parser(description: str = "") -> argparse.ArgumentParser:
     add("--weight_decay", type=weight, default=0.0, help="L2 coefficient of Adam")
     add("--evaluation_steps", type=count, default=100, help="iterations between two log lines")
 
-    add("--grayscale", action="store_true", help="hide the colours, for an upper bound")
+    add("--grayscale", action="store_true", help="hide the colours, for comparison")
     add(
         "--hidden_dim",
         type=number(int, 1, 10**4),
@@ -364,5 +364,5 @@ def warn_of_unused(args: argparse.Namespace) -> None:
     if unused:
         warn(
             f"{', '.join(unused)}: no effect, because "
-            f"{args.trainer} and {args.network} do not have this parameter. Leave it out."
+            f"{args.trainer} and {args.network} have no such parameter."
         )

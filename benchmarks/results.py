@@ -97,7 +97,8 @@ def report(rows: list[dict]) -> None:
         line = [trainer + (f", `{flags[0]}`" if flags else ""), len(trainings)]
         for metric in ("test", "unseen", "worst_group"):
             values = [100 * training[metric] for training in trainings]
-            line.append(f"{fmean(values):.1f} ± {pstdev(values):.1f}")
+            deviation = f" ± {pstdev(values):.1f}" if len(values) > 1 else ""
+            line.append(f"{fmean(values):.1f}{deviation}")
         for metric in ("auc", "f1_macro", "flip_rate"):
             line.append(f"{fmean(training[metric] for training in trainings):.3f}")
         line.append(f"{fmean(training['seconds'] for training in trainings):.1f}")

@@ -133,7 +133,7 @@ def test_the_interface_of_torchvisions_datasets(small_files, download):
         lengths = [len(ColoredMNIST(path, env)) for env in ("train1", "train2", "test")]
         assert lengths == [60, 60, 60]
         assert ColoredMNIST(path, "all_train").targets.shape == (120,)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="'train3'. Use train1, train2, test or all_train"):
         ColoredMNIST(small_files.parent, "train3")
 
 

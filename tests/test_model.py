@@ -220,6 +220,14 @@ def test_probability_weights_strata_by_their_samples():
     assert torch.allclose(loss.probability(logits), expected, atol=1e-5)
 
 
+def test_probability_in_the_assignments_data():
+    """For the digits 5-9, P(y = 1 | do(x)) is 0.72, and P(y = 1 | x) is 0.80."""
+    loss = Backdoor()
+    loss.counts = 10000 * torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.6, 0.4], [0.4, 0.6]])
+    logits = torch.tensor([0.8 / 0.2]).log()
+    assert abs(loss.probability(logits).item() - 0.7162) < 1e-4
+
+
 def test_balancing_gives_the_posterior_of_balanced_labels():
     """It is the adjustment of the image given the label: 0.2 and 0.8, with the same Φ."""
     batch = population()
