@@ -4,10 +4,12 @@ python benchmarks/stuck.py
 
 The script trains three repetitions for each of twenty student IDs. They include all IDs with a
 training below 55 % in figures/student_numbers.csv. Every 40 iterations, the script measures the
-test accuracy and the fraction of test logits that are exactly 0. A logit of 0 predicts label 0.
-Trainings below 60 % after 400 iterations are marked.
+test accuracy, the fraction of test logits that are exactly 0, and the fraction that are positive,
+for the colour with fewer of these. Only a positive logit predicts label 1. Trainings below 60 %
+after 400 iterations are marked.
 """
 
+from collections.abc import Iterable
 from statistics import fmean
 
 from jobs import (
@@ -26,6 +28,7 @@ from student_numbers import COLUMNS as STUDENT_NUMBERS
 from student_numbers import chosen_numbers
 
 from dataset import Samples
+from metric import metrics
 from model import Network
 from preprocessing import number, run_command
 from trainer import predict
@@ -33,20 +36,22 @@ from trainer import predict
 TRAINING = "IRM --iteration 1200 --evaluation_steps 40"
 MARKED_AT = 400  # iterations of the assignment's protocol
 COLUMNS = {"number": int, "repetition": int, "iteration": int}
-COLUMNS |= {"accuracy": float, "zero_logits": float}
+COLUMNS |= {"accuracy": float, "zero_logits": float, "positive_logits": float}
 
 
-def observe(student_number: int, repetition: int) -> list[tuple[int, float, float]]:
-    """Train once. Return rows of (iteration, test accuracy, fraction of logits that are 0)."""
+def observe(student_number: int, repetition: int) -> list[tuple[int, float, float, float]]:
+    """Train once. Return rows of the values of `COLUMNS` after the repetition."""
     args = training_arguments(TRAINING)
     args.seed = student_number
     data = fresh_data(student_number)
-    positive, rows = data.test.labels > 0, []
+    labels, colors, rows = data.test.labels, data.test.colors, []
 
     def watch(network: Network, validation: Samples, iteration: int) -> None:
         logits = predict(network, data.test)
-        accuracy = ((logits > 0) == positive).double().mean().item()
-        rows.append((iteration, accuracy, (logits == 0).double().mean().item()))
+        accuracy = metrics(logits, labels)["Accuracy"]
+        zero = (logits == 0).double().mean().item()
+        positive = min((logits[colors == z] > 0).double().mean().item() for z in (0, 1))
+        rows.append((iteration, accuracy, zero, positive))
 
     watch_training(args, data, repetition, watch)
     return rows
@@ -75,24 +80,35 @@ def is_marked(training: list[dict]) -> bool:
 
 def report(rows: list[dict]) -> None:
     print_table(
-        ["iterations", "trainings", "below 60 %", "mean, %", "worst, %", "most logits 0, %"],
+        ["iterations", "trainings", "mean, %", "worst, %", "logits 0, %", "logits positive, %"],
         [
             [
                 iteration,
-                len(found),
-                sum(row["accuracy"] < 0.6 for row in found),
-                f"{100 * fmean(row['accuracy'] for row in found):.1f}",
-                f"{100 * min(row['accuracy'] for row in found):.1f}",
-                f"{100 * max(row['zero_logits'] for row in found):.1f}",
+                f"{len(group)} {name}",
+                f"{100 * fmean(row['accuracy'] for row in group):.1f}",
+                f"{100 * min(row['accuracy'] for row in group):.1f}",
+                span(row["zero_logits"] for row in group),
+                span(row["positive_logits"] for row in group),
             ]
             for iteration in range(MARKED_AT, rows[-1]["iteration"] + 1, MARKED_AT)
             for found in [select(rows, iteration=iteration)]
+            for name, group in (
+                ("below 60 %", [row for row in found if row["accuracy"] < 0.6]),
+                ("others", [row for row in found if row["accuracy"] >= 0.6]),
+            )
+            if group
         ],
     )
 
 
+def span(fractions: Iterable[float]) -> str:
+    """Return the smallest and the largest fraction, in %."""
+    fractions = list(fractions)
+    return f"{100 * min(fractions):.1f} to {100 * max(fractions):.1f}"
+
+
 def draw(rows: list[dict]) -> Figure:
-    """Draw accuracy and the fraction of logits that are 0, one line per training."""
+    """Draw the accuracy and the fractions of logits, one line per training."""
     trainings = trainings_of(rows)
     marked = [training for training in trainings if is_marked(training)]
     others = [training for training in trainings if not is_marked(training)]
@@ -103,9 +119,13 @@ def draw(rows: list[dict]) -> Figure:
         "tab:red": f"trainings below 60 % after {MARKED_AT} iterations: {len(marked)}, "
         f"of these above 60 % after {end}: {freed}",
     }
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharex=True)
-    titles = {"accuracy": "test accuracy, %", "zero_logits": "test logits that are exactly 0, %"}
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True)
+    titles = {
+        "accuracy": "test accuracy, %",
+        "zero_logits": "test logits that are exactly 0, %",
+        "positive_logits": "positive test logits, %, of the colour with fewer",
+    }
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         for group, (color, label) in zip((others, marked), labels.items(), strict=True):
             for training in group:

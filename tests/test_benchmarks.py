@@ -450,7 +450,7 @@ def test_stuck(run, module, monkeypatch):
     assert [(row["number"], row["repetition"], row["iteration"]) for row in rows] == [
         (number, repetition, iteration) for repetition in "123" for iteration in "0246"
     ]
-    assert [line[0] for line in cells(out)[1:]] == ["2", "4", "6"]
+    assert sorted({line[0] for line in cells(out)[1:]}) == ["2", "4", "6"]
     args = training_parser().parse_args(["--trainer", "IRM", "--iteration", "6"])
     args.seed = int(number)
     data = module("jobs").fresh_data(args.seed)
@@ -458,9 +458,11 @@ def test_stuck(run, module, monkeypatch):
     logits = predict(network, data.test)
     assert rows[7]["accuracy"] == str(metrics(logits, data.test.labels)["Accuracy"])
     assert float(rows[7]["zero_logits"]) == (logits == 0).double().mean()
+    positive = [(logits[data.test.colors == z] > 0).double().mean() for z in (0, 1)]
+    assert float(rows[7]["positive_logits"]) == min(positive)
 
 
-def test_stuck_figure(module):
+def test_stuck_figure(module, capsys):
     """One training stays stuck, one becomes free, one was never stuck."""
     stuck = module("stuck")
     rows = []
@@ -468,14 +470,25 @@ def test_stuck_figure(module):
     for number, values in accuracies.items():
         for iteration, accuracy in zip((0, 400, 800, 1200), values, strict=True):
             row = {"number": number, "repetition": 1, "iteration": iteration}
-            rows.append(row | {"accuracy": accuracy, "zero_logits": 1 - accuracy})
+            row |= {"zero_logits": 1 - accuracy, "positive_logits": accuracy / 2}
+            rows.append(row | {"accuracy": accuracy})
+    stuck.report(rows)
+    assert cells(capsys.readouterr().out)[1:] == [
+        ["400", "2 below 60 %", "45.0", "40.0", "50.0 to 60.0", "20.0 to 25.0"],
+        ["400", "1 others", "70.0", "70.0", "30.0 to 30.0", "35.0 to 35.0"],
+        ["800", "1 below 60 %", "50.0", "50.0", "50.0 to 50.0", "25.0 to 25.0"],
+        ["800", "2 others", "70.0", "70.0", "30.0 to 30.0", "35.0 to 35.0"],
+        ["1200", "1 below 60 %", "50.0", "50.0", "50.0 to 50.0", "25.0 to 25.0"],
+        ["1200", "2 others", "70.0", "70.0", "30.0 to 30.0", "35.0 to 35.0"],
+    ]
     figure = stuck.draw(rows)
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == [
         "other trainings: 1",
         "trainings below 60 % after 400 iterations: 2, of these above 60 % after 1200: 1",
     ]
-    for axis, shown in zip(figure.axes, ([50, 40, 50, 50], [50, 60, 50, 50]), strict=True):
+    expected = [50, 40, 50, 50], [50, 60, 50, 50], [25, 20, 25, 25]
+    for axis, shown in zip(figure.axes, expected, strict=True):
         curves = [line for line in axis.lines if len(line.get_xdata()) == 4]
         assert [line.get_color() for line in curves] == ["silver", "tab:red", "tab:red"]
         assert curves[1].get_ydata() == pytest.approx(shown)
