@@ -1,7 +1,7 @@
 """Accuracy of plain and hardened networks on damaged crossbars.
 
 python benchmarks/robustness.py
-python benchmarks/robustness.py --trainers Backdoor groupDRO --seeds 1234 40000
+python benchmarks/robustness.py --trainers Backdoor --seeds 1234
 
 The script tests each network without a crossbar and on a crossbar in each of `CONDITIONS`. A random
 condition is tested with five patterns. Hardening is also tested with one ingredient alone, either
@@ -187,7 +187,8 @@ def main() -> None:
         default=three,
         help=f"default: {three}",
     )
-    add("--seeds", type=number(int, 0), nargs="+", default=[1234], help="seeds (default: 1234)")
+    two = [1234, 40000]
+    add("--seeds", type=number(int, 0), nargs="+", default=two, help=f"seeds (default: {two})")
     args, words = parser.parse_known_args()
     memristor.check_devices(r_on=1, r_off=2)  # ends here if MemTorch is missing
     flags, jobs = " ".join(words), []
