@@ -391,10 +391,12 @@ def harden(
     """Return a copy of a trained network that tolerates stuck devices.
 
     During training, the weights are limited and random devices are stuck (`StuckDevices`). The
-    limit has the larger effect. The network learns its own predictions, in both colours, by ERM
-    (distillation, Hinton et al. 2015, arXiv:1503.02531). Hardening has `HARDENING` times as many
-    iterations as a training. In the MLP, it makes the conductance of layer 1, and so its current,
-    four to six times as large, because most weights are now closer to the largest one.
+    limit has the larger effect. For networks of groupDRO, the faults add to it. The network learns
+    its own predictions, in both colours, by ERM (distillation, Hinton et al. 2015,
+    arXiv:1503.02531). Hardening has `HARDENING` times as many iterations as a training.
+
+    The limit has a cost. It makes the conductance of the MLP's layer 1, and so its current, four to
+    six times as large, because most weights are now closer to the largest one.
 
     Args:
         network: the trained network
