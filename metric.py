@@ -67,8 +67,8 @@ class Log(NamedTuple):
     def points(self) -> int | None:
         """The assignment's points, or None if the assignment does not grade this experiment.
 
-        The sheet requires ≥ 60 % and ≥ 55 % of groupDRO, but > 60 % and > 55 % of IRM. This method
-        uses ≥ for both.
+        The assignment requires ≥ 60 % and ≥ 55 % of groupDRO, but > 60 % and > 55 % of IRM. This
+        method uses ≥ for both.
         """
         if self.trainer not in GRADED or self.on_crossbar:
             return None
