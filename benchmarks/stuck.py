@@ -35,6 +35,7 @@ from trainer import predict
 
 TRAINING = "IRM --iteration 1200 --evaluation_steps 40"
 MARKED_AT = 400  # iterations of the assignment's protocol
+LOW = 0.6  # accuracy below which a training is marked
 COLUMNS = {"number": int, "repetition": int, "iteration": int}
 COLUMNS |= {"accuracy": float, "zero_logits": float, "positive_logits": float}
 
@@ -75,7 +76,7 @@ def trainings_of(rows: list[dict]) -> list[list[dict]]:
 def is_marked(training: list[dict]) -> bool:
     """Return whether a training is below 60 % after 400 iterations."""
     (row,) = select(training, iteration=MARKED_AT)
-    return row["accuracy"] < 0.6
+    return row["accuracy"] < LOW
 
 
 def report(rows: list[dict]) -> None:
@@ -93,8 +94,8 @@ def report(rows: list[dict]) -> None:
             for iteration in range(MARKED_AT, rows[-1]["iteration"] + 1, MARKED_AT)
             for found in [select(rows, iteration=iteration)]
             for name, group in (
-                ("below 60 %", [row for row in found if row["accuracy"] < 0.6]),
-                ("others", [row for row in found if row["accuracy"] >= 0.6]),
+                ("below 60 %", [row for row in found if row["accuracy"] < LOW]),
+                ("others", [row for row in found if row["accuracy"] >= LOW]),
             )
             if group
         ],
@@ -113,7 +114,7 @@ def draw(rows: list[dict]) -> Figure:
     marked = [training for training in trainings if is_marked(training)]
     others = [training for training in trainings if not is_marked(training)]
     end = rows[-1]["iteration"]
-    freed = sum(training[-1]["accuracy"] > 0.6 for training in marked)
+    freed = sum(training[-1]["accuracy"] >= LOW for training in marked)
     labels = {
         "silver": f"other trainings: {len(others)}",
         "tab:red": f"trainings below 60 % after {MARKED_AT} iterations: {len(marked)}, "
@@ -136,7 +137,7 @@ def draw(rows: list[dict]) -> Figure:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)
-    axes[0].axhline(60, color="black", linestyle="--", linewidth=1)
+    axes[0].axhline(100 * LOW, color="black", linestyle="--", linewidth=1)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
