@@ -119,7 +119,7 @@ def draw(rows: list[dict]) -> Figure:
             axis.set_title(f"{title}, {protocol}", fontsize=10)
         axes[0].set_ylabel("student IDs")
     for axis in grid[-1]:
-        axis.set_xlim(lowest - 1, highest + 1)
+        axis.set_xlim(lowest - 9, highest + 1)  # with space for the annotations
         axis.set_xlabel("accuracy, % (bars of 0.25 points)")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
