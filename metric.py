@@ -123,7 +123,7 @@ def main() -> None:
         accuracy = f"{100 * log.accuracy:.2f} % ± {100 * log.deviation:.2f} %"
         print(f"{name:<24}{accuracy:<22}{'-' if log.points is None else log.points}")
         if log.points is not None:
-            points[log.trainer] = log.points
+            points[log.trainer] = max(points.get(log.trainer, 0), log.points)  # the best log
     print(f"{'together, at most 20':<46}{min(20, sum(points.values()))}", flush=True)
     if failed:
         sys.exit(1)

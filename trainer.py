@@ -158,7 +158,7 @@ def start_log(args: argparse.Namespace) -> Dataset:
     if data.seed not in (None, args.seed):
         warn(
             f"the data were generated with seed {data.seed}, not with seed {args.seed}. "
-            f"Delete {data.folder} to generate new data."
+            f"Pass --seed {data.seed}, or delete {data.folder} to generate new data."
         )
     return data
 

@@ -135,7 +135,7 @@ class Table:
         except (KeyError, TypeError, ValueError):
             raise UserError(
                 f"{self.path} is not a table with the columns {', '.join(self.columns)}. "
-                "Delete it, or name another --table."
+                "Name another table."
             ) from None
 
     def fill(

@@ -145,13 +145,17 @@ def draw(rows: list[dict]) -> Figure:
 def main() -> None:
     parser = script_parser(__doc__, "stuck.png", "stuck.csv")
     parser.add_argument(
-        "--numbers", type=number(int, 0, 9999), nargs="+", help="student IDs (default: twenty)"
+        "--only",
+        type=number(int, 0, 9999),
+        nargs="+",
+        metavar="NUMBER",
+        help="student IDs (default: twenty)",
     )
     args = parser.parse_args()
     table = Table(args.table, COLUMNS, args.resume)
     jobs = [
         (student_number, repetition)
-        for student_number in args.numbers or default_numbers()
+        for student_number in args.only or default_numbers()
         for repetition in (1, 2, 3)
     ]
     table.fill(observe, {job: job for job in jobs}, args.scheduler)

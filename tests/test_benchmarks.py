@@ -453,7 +453,7 @@ def test_stuck(run, module, monkeypatch):
 
     monkeypatch.setattr(stuck, "predict", with_zeros)
     number = "5"
-    out, rows = run("stuck", "--numbers", number)
+    out, rows = run("stuck", "--only", number)
     assert [(row["number"], row["repetition"], row["iteration"]) for row in rows] == [
         (number, repetition, iteration) for repetition in "123" for iteration in "0246"
     ]

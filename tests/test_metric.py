@@ -143,6 +143,12 @@ def test_points_together_are_at_most_20(table, irm, group_dro, together):
     assert rows[-1] == ["together, at most 20", str(together)]
 
 
+def test_the_best_of_several_logs_counts(table):
+    rows, _ = table(*(log_text("IRM", accuracy) for accuracy in (0.56, 0.61, 0.5)))
+    assert [row[2] for row in rows[:3]] == ["10", "15", "0"]
+    assert rows[3] == ["together, at most 20", "15"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

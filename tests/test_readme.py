@@ -20,8 +20,14 @@ def test_every_python_block_runs(tmp_path, monkeypatch, capsys):
     names = {}
     for block in BLOCKS:
         exec(block, names)
-    sweep = re.findall(r"^\{'lrs_proportion': .*\} (0\.\d+)$", capsys.readouterr().out, re.M)
-    assert len(sweep) == 8  # two fractions, two patterns, two networks
+    out = capsys.readouterr().out
+    sweep = re.findall(r"^(plain|hardened) 0\.([01]) [01] (0\.\d+)$", out, re.M)
+    assert len(sweep) == 8  # two networks, two fractions, two patterns
+    worst = {
+        name: min(float(accuracy) for kind, _, accuracy in sweep if kind == name)
+        for name in ("plain", "hardened")
+    }
+    assert worst["hardened"] > worst["plain"]
     assert (tmp_path / "data" / "crossbar.pt").exists()
     assert {"Network", "VREx", "to_crossbar"} <= names.keys()
 
