@@ -188,7 +188,7 @@ def save(record: object, path: Path) -> None:
     """Save a record with torch. A full disk raises OSError."""
     buffer = io.BytesIO()  # because torch hides the OSError of a file
     torch.save(record, buffer)
-    path.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getvalue())
 
 
 def run_command(main: Callable[[], None]) -> None:
