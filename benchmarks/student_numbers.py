@@ -10,7 +10,6 @@ It also accepts the flags of exp-mnist.py.
 """
 
 import random
-from pathlib import Path
 from statistics import fmean, pstdev
 
 import numpy as np
@@ -18,7 +17,7 @@ from jobs import Table, print_table, save_figure, script_parser, select, trainin
 from matplotlib.figure import Figure
 from results import measure
 
-from preprocessing import UserError, number, run_command
+from preprocessing import number, run_command
 
 GRADED = {"groupDRO": "tab:green", "IRM": "tab:purple"}
 ENVIRONMENTS = {"test": "test environment", "unseen": "unseen digits"}
@@ -136,24 +135,18 @@ def main() -> None:
         help="random student IDs (default: 100)",
     )
     add("--only", type=number(int, 0, 9999), nargs="+", metavar="NUMBER", help="only these IDs")
-    add("--from", type=Path, dest="source", metavar="CSV", help="draw this table, do not train")
     args, words = parser.parse_known_args()
     flags = " ".join(words)
     repetitions = max(training_arguments(f"{name} {flags}").repetitions for name in GRADED)
-    if args.source:
-        table = Table(args.source, COLUMNS)
-        if not table.rows:
-            raise UserError(f"{args.source} has no rows. Name another table.")
-    else:
-        table = Table(args.table, COLUMNS, args.resume)
-        jobs = [
-            (student_number, trainer, flags, repetition)
-            for student_number in args.only or chosen_numbers(args.numbers)
-            for trainer in GRADED
-            for repetition in range(1, repetitions + 1)
-        ]
-        table.fill(accuracies, {job: job for job in jobs}, args.scheduler)
-        print(f"Table: {args.table}\n")
+    table = Table(args.table, COLUMNS, args.resume)
+    jobs = [
+        (student_number, trainer, flags, repetition)
+        for student_number in args.only or chosen_numbers(args.numbers)
+        for trainer in GRADED
+        for repetition in range(1, repetitions + 1)
+    ]
+    table.fill(accuracies, {job: job for job in jobs}, args.scheduler)
+    print(f"Table: {args.table}\n")
     report(table.rows)
     save_figure(draw(table.rows), args.figure)
 

@@ -62,8 +62,8 @@ def module():
 def run(in_process, tmp_path):
     """Run a script in this process. Return its output, after success, and its table's rows."""
 
-    def script(name, *arguments, table=tmp_path / "table.csv"):
-        files = []
+    def script(name, *arguments):
+        files, table = [], tmp_path / "table.csv"
         shown = in_process(name, "--help").stdout
         if "--table" in shown:
             files += ["--table", table]
@@ -395,19 +395,19 @@ NUMBERS = """number,trainer,flags,repetition,test,unseen,commit
 """
 
 
-def test_report_and_figure_of_student_numbers(run, module, tmp_path):
+def test_report_and_figure_of_student_numbers(module, tmp_path, capsys):
     table = tmp_path / "numbers.csv"
     table.write_text(NUMBERS)
-    out, _ = run("student_numbers", "--from", table, table=table)
-    _, bias, _, irm, unseen = cells(out)
+    numbers = module("student_numbers")
+    rows = numbers.Table(table, numbers.COLUMNS).rows
+    numbers.report(rows)
+    _, bias, _, irm, unseen = cells(capsys.readouterr().out)
     assert bias[:4] == ["groupDRO, `--bias`", "test environment", "1", "70.0"]
     # The student IDs have 63.5, 55.5 and 67.5 %.
     assert irm[:6] == ["IRM", "test environment", "3", "62.2", "33.3%", "55.5 (0002)"]
     assert irm[6:] == ["55.7 to 67.4", "55.0 (0002)", "5.0"]
     assert unseen[:6] == ["IRM", "unseen digits", "3", "75.5", "0.0%", "73.5 (0001)"]
-    assert table.read_text() == NUMBERS
-    numbers = module("student_numbers")
-    axes = numbers.draw(numbers.Table(table, numbers.COLUMNS).rows).axes
+    axes = numbers.draw(rows).axes
     assert ["--bias" in axis.get_title() for axis in axes] == [False, False, True, True]
     heights = [sum(bar.get_height() for bar in axis.patches) for axis in axes]
     assert heights == [3, 3, 1, 1]
